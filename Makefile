@@ -1,0 +1,39 @@
+# Shortcuts; every command also stands in README.md. `make` alone lists them.
+PYTHON ?= python
+.DEFAULT_GOAL := help
+.PHONY: help install test test-slow lint format types run smoke ci clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## install in place with everything for development, and the commit hooks
+	$(PYTHON) -m pip install -e ".[dev]"
+	pre-commit install
+
+test: ## run the tests (no GPU, no Slurm, nothing slow)
+	$(PYTHON) -m pytest
+
+test-slow: ## run the tests that take minutes
+	$(PYTHON) -m pytest -m slow
+
+lint: ## what CI checks: style, format, types
+	ruff check .
+	ruff format --check .
+	mypy src
+
+format: ## fix style and format
+	ruff check --fix .
+	ruff format .
+
+run: ## the main job
+	$(PYTHON) src/run.py
+
+smoke: ## everything once, as small as it goes
+	$(PYTHON) src/run.py experiment=smoke
+
+ci: ## what CI runs, from a fresh environment
+	.ci/run
+
+clean: ## remove caches; results in outputs/ and multirun/ stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+"""Blocked quantization of the KV cache during batched prefill."""
+
+__version__ = "0.1.0"

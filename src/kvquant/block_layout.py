@@ -1,0 +1,150 @@
+"""What one block holds, in bytes: the single place where sizes of the pool's tensors are decided.
+
+Why this layout. Codes are token-major per head, so that append, crop and fork touch whole bytes. Outliers of keys vary
+in number, so a (block, head) has a base row for the expected number plus one standard deviation (few chains, little
+slack) and chains 32-entry chunks beyond; nothing is reordered when a block fills up. Outliers of values are always 2n
+per token and group, so they are a plain [BS, 2n] table whose position says the token: no counts, no offsets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from kvquant.kernels import SPILL_ENTRIES
+from kvquant.nuq import value_outlier_count
+from kvquant.packing import packed_row_bytes
+from kvquant.spec import QuantSpec
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def side_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit type of outliers, zeros and scales: the model's own, fp16 for an fp32 model."""
+    return torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float16
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLayout:
+    """Shapes and bytes of the blocks of one layer group.
+
+    Args:
+        spec: how keys and values are stored.
+        num_layers: layers that share block ids, L.
+        num_kv_heads: H.
+        head_dim: D.
+        dtype: the model's dtype, which exact storage and sink tokens keep.
+        block_size: tokens in a block, BS.
+        spill_headroom: outliers the pool has room for, as a multiple of the expected number.
+
+    Raises:
+        ValueError: the block cannot be packed or indexed; the message names the setting and a fix.
+    """
+
+    spec: QuantSpec
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    block_size: int = 64
+    spill_headroom: float = 2.0
+
+    def __post_init__(self) -> None:
+        BS, D = self.block_size, self.head_dim
+        if BS < 8 or BS % 8:
+            raise ValueError(f"cache.block_size must be a positive multiple of 8, got {BS}; try 64")
+        if BS * D > 1 << 16:
+            raise ValueError(
+                f"cache.block_size * head_dim must be at most 65536 (16-bit outlier indices), got {BS} * {D}; "
+                f"try {65536 // D // 8 * 8}"
+            )
+        if self.num_kv_heads * D > 1 << 16:
+            raise ValueError(
+                f"KV heads * head_dim must be at most 65536 (16-bit outlier indices), got {self.num_kv_heads} * {D}"
+            )
+        if self.num_kv_heads * D % self.spec.value_groups:
+            raise ValueError(
+                f"quant.value_groups must divide the layer's {self.num_kv_heads * D} value channels, "
+                f"got {self.spec.value_groups}; try 1"
+            )
+        if self.spill_headroom < 1:
+            raise ValueError(f"cache.spill_headroom must be at least 1, got {self.spill_headroom}; try 2")
+
+    @property
+    def key_outlier_base(self) -> int:
+        """Key outliers that fit a (block, head) without a spill chunk."""
+        if self.spec.is_exact or self.spec.outlier_fraction == 0:
+            return 0
+        mean = self.spec.outlier_fraction * self.block_size * self.head_dim
+        return math.ceil((mean + math.sqrt(mean)) / 8) * 8
+
+    @property
+    def value_outliers(self) -> int:
+        """Outliers of one value token over all groups, VG * 2n."""
+        groups = self.spec.value_groups
+        per_end = value_outlier_count(self.spec.outlier_fraction, self.num_kv_heads * self.head_dim // groups)
+        return 2 * per_end * groups
+
+    @property
+    def spill_chunks_per_block(self) -> int:
+        """Spill chunks to provide for each block, in each layer."""
+        if not self.key_outlier_base:
+            return 0
+        room = self.spill_headroom * self.spec.outlier_fraction * self.block_size * self.head_dim
+        return self.num_kv_heads * max(1, math.ceil((room - self.key_outlier_base) / SPILL_ENTRIES))
+
+    def block_shapes(self) -> Shapes:
+        """Tensors of one block in one layer."""
+        H, BS, D = self.num_kv_heads, self.block_size, self.head_dim
+        if self.spec.is_exact:
+            return {"keys": ((H, BS, D), self.dtype), "values": ((H, BS, D), self.dtype)}
+        assert self.spec.key_bits is not None and self.spec.value_bits is not None  # set by QuantSpec itself
+        side, base, VG = side_dtype(self.dtype), self.key_outlier_base, self.spec.value_groups
+        return {
+            "key_codes": ((H, BS, packed_row_bytes(D, self.spec.key_bits)), torch.uint8),
+            "key_outlier_count": ((H,), torch.int32),
+            "key_outlier_index": ((H, base), torch.int16),
+            "key_outlier_value": ((H, base), side),
+            "spill_head": ((H,), torch.int32),
+            "value_codes": ((H, BS, packed_row_bytes(D, self.spec.value_bits)), torch.uint8),
+            "value_zero": ((BS, VG), side),
+            "value_scale": ((BS, VG), side),
+            "value_outlier_index": ((BS, self.value_outliers), torch.int16),
+            "value_outlier_value": ((BS, self.value_outliers), side),
+        }
+
+    def chunk_shapes(self) -> Shapes:
+        """Tensors of one spill chunk in one layer, its place in the free stack included."""
+        if self.spec.is_exact:
+            return {}
+        return {
+            "spill_next": ((), torch.int32),
+            "spill_index": ((SPILL_ENTRIES,), torch.int16),
+            "spill_value": ((SPILL_ENTRIES,), side_dtype(self.dtype)),
+            "spill_free": ((), torch.int32),
+        }
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, spill chunks apart."""
+        return self.num_layers * _bytes(self.block_shapes())
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one spill chunk (it belongs to one layer)."""
+        return _bytes(self.chunk_shapes())
+
+    @property
+    def provisioned_block_bytes(self) -> int:
+        """Bytes that one more block adds to a pool: the block and the spill chunks provided with it."""
+        return self.block_bytes + self.num_layers * self.spill_chunks_per_block * self.chunk_bytes
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold ``num_tokens`` tokens of one sequence."""
+        return -(-num_tokens // self.block_size)
+
+
+def _bytes(shapes: Shapes) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())

@@ -1,0 +1,383 @@
+"""Preallocated blocks for the keys and values of many sequences: reserve, commit, free, fork, crop.
+
+A block id is one slot of ``block_size`` tokens in every layer of the group. Ids are handed out on the host from the
+sequences' lengths before anything is written, so running out raises first and changes nothing; the device only ever
+sees block tables. The pool never reallocates and never copies what it holds (a fork copies one open block).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvquant import spill_chains
+from kvquant.block_layout import BlockLayout
+from kvquant.errors import NonFiniteActivations, PoolExhausted
+from kvquant.kernels import (
+    ERROR_OUT_OF_SPILL,
+    ERROR_VALUE_NOT_FINITE,
+    ExactStore,
+    KeyStore,
+    LayerStore,
+    ValueStore,
+)
+from kvquant.ragged import RaggedStep
+
+
+@dataclasses.dataclass
+class _Reservation:
+    """What :meth:`BlockPool.rollback` needs to undo a call."""
+
+    rows: list[int]
+    lengths: list[int]
+    new_blocks: dict[int, list[int]]
+    tails: list[int]
+    tail_counts: Tensor | None
+    spill_top: Tensor | None
+
+
+class BlockPool:
+    """Blocks of one layer group (layers with the same heads, head_dim, window and spec).
+
+    Args:
+        layout: shapes of a block.
+        num_blocks: blocks to allocate, N.
+        max_sequences: rows of the block table.
+        max_blocks_per_sequence: columns of the block table; default: all blocks.
+        device: where everything lives.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        num_blocks: int,
+        *,
+        max_sequences: int,
+        max_blocks_per_sequence: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_blocks < 1 or max_sequences < 1:
+            raise PoolExhausted(
+                f"a pool needs at least 1 block and 1 sequence, got {num_blocks} and {max_sequences}; "
+                "raise cache.num_blocks or cache.memory_budget_gib"
+            )
+        self.layout, self.num_blocks, self.max_sequences = layout, num_blocks, max_sequences
+        self.device = torch.device(device)
+        L = layout.num_layers
+        # Zeros, not empty: a slot never written must still index inside its block.
+        self.tensors: dict[str, Tensor] = {
+            name: torch.zeros(L, num_blocks, *shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in layout.block_shapes().items()
+        }
+        self.num_chunks = num_blocks * layout.spill_chunks_per_block
+        for name, (shape, dtype) in layout.chunk_shapes().items():
+            self.tensors[name] = torch.zeros(L, self.num_chunks, *shape, dtype=dtype, device=device)
+        sink_shape = (L, max_sequences, layout.spec.sink_tokens, layout.num_kv_heads, layout.head_dim)
+        if layout.spec.is_exact:
+            sink_shape = (*sink_shape[:2], 0, *sink_shape[3:])
+        self.tensors["sink_keys"] = torch.zeros(sink_shape, dtype=layout.dtype, device=device)
+        self.tensors["sink_values"] = torch.zeros(sink_shape, dtype=layout.dtype, device=device)
+        columns = num_blocks if max_blocks_per_sequence is None else max_blocks_per_sequence
+        self.block_table = torch.zeros(max_sequences, columns, dtype=torch.int32, device=device)
+        self.spill_top = torch.full((L, 1), self.num_chunks, dtype=torch.int32, device=device)
+        self.error = torch.zeros(L, 2, dtype=torch.int64, device=device)
+        if self.num_chunks:
+            # Popped from the top: the lowest ids go first.
+            stack = torch.arange(self.num_chunks - 1, -1, -1, dtype=torch.int32, device=device)
+            self.tensors["spill_free"].copy_(stack.expand(L, -1))
+        self._free_blocks = collections.deque(range(num_blocks))
+        self._references = [0] * num_blocks
+        self._blocks: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._free_rows = collections.deque(range(max_sequences))
+        self._pending: _Reservation | None = None
+        self.layers = [self._layer(index) for index in range(L)]
+
+    def _layer(self, index: int) -> LayerStore:
+        t = {name: tensor[index] for name, tensor in self.tensors.items()}
+        keys: KeyStore | ExactStore
+        values: ValueStore | ExactStore
+        if self.layout.spec.is_exact:
+            keys, values = ExactStore(t["keys"]), ExactStore(t["values"])
+        else:
+            keys = KeyStore(
+                codes=t["key_codes"],
+                outlier_count=t["key_outlier_count"],
+                outlier_index=t["key_outlier_index"],
+                outlier_value=t["key_outlier_value"],
+                spill_head=t["spill_head"],
+                spill_next=t["spill_next"],
+                spill_index=t["spill_index"],
+                spill_value=t["spill_value"],
+                spill_free=t["spill_free"],
+                spill_top=self.spill_top[index],
+            )
+            values = ValueStore(
+                codes=t["value_codes"],
+                zero=t["value_zero"],
+                scale=t["value_scale"],
+                outlier_index=t["value_outlier_index"],
+                outlier_value=t["value_outlier_value"],
+            )
+        return LayerStore(keys, values, t["sink_keys"], t["sink_values"], self.error[index])
+
+    # ---- sequences -------------------------------------------------------------------------------------------
+
+    def add_sequence(self) -> int:
+        """Open an empty sequence; returns its row in the block table.
+
+        Raises:
+            PoolExhausted: all rows are taken.
+        """
+        if not self._free_rows:
+            raise PoolExhausted(
+                f"the pool holds at most {self.max_sequences} sequences and all are in use; free one or raise max_sequences"
+            )
+        row = self._free_rows.popleft()
+        self._blocks[row], self._lengths[row] = [], 0
+        return row
+
+    def length(self, row: int) -> int:
+        """Tokens stored for a sequence."""
+        return self._lengths[row]
+
+    @property
+    def sequences(self) -> list[int]:
+        """Rows of all open sequences."""
+        return list(self._blocks)
+
+    @property
+    def blocks_in_use(self) -> int:
+        """Blocks that at least one sequence holds."""
+        return self.num_blocks - len(self._free_blocks)
+
+    def blocks_of(self, row: int) -> list[int]:
+        """Block ids of a sequence, in order."""
+        return list(self._blocks[row])
+
+    def free(self, row: int) -> None:
+        """Close a sequence and give back the blocks that no other sequence shares."""
+        self._release(self._blocks.pop(row))
+        del self._lengths[row]
+        self._free_rows.append(row)
+
+    def fork(self, row: int) -> int:
+        """Open a sequence that shares the full blocks of ``row`` and copies its open one; returns the new row.
+
+        Raises:
+            PoolExhausted: no block (or spill chunk, or row) is left for the copy; nothing has changed.
+        """
+        shared = self._lengths[row] // self.layout.block_size
+        has_tail = self._lengths[row] % self.layout.block_size > 0
+        if has_tail and not self._free_blocks:
+            raise PoolExhausted(_exhausted(1, 0, self.num_blocks))
+        new = self.add_sequence()
+        blocks = self._blocks[row][:shared]
+        if has_tail:
+            try:
+                blocks.append(self._copy_block(self._blocks[row][shared]))
+            except PoolExhausted:
+                self.free(new)
+                raise
+        for block in blocks[:shared]:
+            self._references[block] += 1
+        self._blocks[new], self._lengths[new] = blocks, self._lengths[row]
+        self._write_table(new, 0, blocks)
+        for name in ("sink_keys", "sink_values"):
+            self.tensors[name][:, new] = self.tensors[name][:, row]
+        return new
+
+    def crop(self, row: int, length: int) -> None:
+        """Keep the first ``length`` tokens of a sequence; blocks past them go back.
+
+        Raises:
+            ValueError: the sequence is shorter than ``length``.
+            PoolExhausted: the block it now ends in is shared and no block is left for a copy.
+        """
+        if not 0 <= length <= self._lengths[row]:
+            raise ValueError(
+                f"crop length must be 0 to {self._lengths[row]} (the sequence's tokens), got {length}"
+            )
+        keep, inside = self.layout.blocks_for(length), length % self.layout.block_size
+        blocks = self._blocks[row]
+        if inside and self._references[blocks[keep - 1]] > 1:
+            original = blocks[keep - 1]
+            blocks[keep - 1] = self._copy_block(original)
+            self._references[original] -= 1
+            self._write_table(row, keep - 1, blocks[keep - 1 : keep])
+        self._blocks[row], self._lengths[row] = blocks[:keep], length
+        self._release(blocks[keep:])
+        if inside and not self.layout.spec.is_exact:
+            spill_chains.crop(self.layers, blocks[keep - 1], inside, self.layout.head_dim)
+
+    # ---- one forward call ------------------------------------------------------------------------------------
+
+    def reserve(self, rows: Sequence[int], lengths: Sequence[int]) -> RaggedStep:
+        """Set blocks aside for new tokens of some sequences and say where each token goes.
+
+        A reservation left pending by a call that failed is rolled back first.
+
+        Args:
+            rows: the sequences, distinct.
+            lengths: new tokens of each, at least 1.
+
+        Raises:
+            PoolExhausted: not enough blocks; says how many are missing. Nothing has changed.
+        """
+        self.rollback()
+        if len(set(rows)) != len(rows):
+            raise ValueError(f"a call may name each sequence once, got {list(rows)}")
+        past = [self._lengths[row] for row in rows]
+        needed = [
+            self.layout.blocks_for(p + n) - len(self._blocks[row])
+            for row, p, n in zip(rows, past, lengths, strict=True)
+        ]
+        if sum(needed) > len(self._free_blocks):
+            raise PoolExhausted(_exhausted(sum(needed), len(self._free_blocks), self.num_blocks))
+        columns = self.block_table.shape[1]
+        for row, p, n in zip(rows, past, lengths, strict=True):
+            if self.layout.blocks_for(p + n) > columns:
+                raise PoolExhausted(
+                    f"a sequence may hold {columns * self.layout.block_size} tokens here, got {p + n}; raise max_length"
+                )
+        tails = [
+            self._blocks[row][-1] for row, p in zip(rows, past, strict=True) if p % self.layout.block_size
+        ]
+        exact = self.layout.spec.is_exact
+        counts = None if exact else self.tensors["key_outlier_count"]
+        self._pending = _Reservation(
+            rows=list(rows),
+            lengths=list(lengths),
+            new_blocks={},
+            tails=tails,
+            tail_counts=counts[:, tails].clone() if counts is not None and tails else None,
+            spill_top=None if exact else self.spill_top.clone(),
+        )
+        fresh: list[int] = []
+        for row, count in zip(rows, needed, strict=True):
+            taken = [self._free_blocks.popleft() for _ in range(count)]
+            for block in taken:
+                self._references[block] = 1
+            self._pending.new_blocks[row] = taken
+            self._write_table(row, len(self._blocks[row]), taken)
+            self._blocks[row].extend(taken)
+            fresh.extend(taken)
+        if counts is not None and fresh:
+            counts[:, fresh] = 0
+        table_width = max(self.layout.blocks_for(p + n) for p, n in zip(past, lengths, strict=True))
+        rows_t = torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
+        table = self.block_table[rows_t, :table_width]
+        return RaggedStep.build(past, lengths, rows_t, table, self.layout.block_size)
+
+    def commit(self) -> None:
+        """Make the pending call's tokens part of their sequences; the one place that reads the error word.
+
+        Raises:
+            NonFiniteActivations: a key or value was NaN, infinite or too large for its 16-bit storage.
+            PoolExhausted: outlier chunks ran out. In both cases the call is rolled back first.
+        """
+        assert self._pending is not None, "commit without reserve"
+        errors = self.error.tolist()
+        found = [(layer, kind, channel) for layer, (kind, channel) in enumerate(errors) if kind]
+        if found:
+            self.error.zero_()
+            self.rollback()
+            raise _as_exception(*found[0], self.layout)
+        for row, new in zip(self._pending.rows, self._pending.lengths, strict=True):
+            self._lengths[row] += new
+        self._pending = None
+
+    def rollback(self) -> None:
+        """Undo the pending reservation, if there is one: blocks, spill chunks and counts are as before it."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self.error.zero_()
+        if pending.tail_counts is not None:
+            self.tensors["key_outlier_count"][:, pending.tails] = pending.tail_counts
+        if pending.spill_top is not None:
+            self.spill_top.copy_(pending.spill_top)
+        for row, taken in pending.new_blocks.items():
+            del self._blocks[row][len(self._blocks[row]) - len(taken) :]
+            for block in reversed(taken):
+                self._references[block] = 0
+                self._free_blocks.appendleft(block)
+
+    # ---- bytes -----------------------------------------------------------------------------------------------
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of every tensor of the pool."""
+        everything = [*self.tensors.values(), self.block_table, self.spill_top, self.error]
+        return sum(t.untyped_storage().nbytes() for t in everything)
+
+    @property
+    def bytes_free(self) -> int:
+        """Bytes of free blocks, free spill chunks and sink buffers of free rows (waits for the device)."""
+        chunks = int(self.spill_top.sum()) * self.layout.chunk_bytes
+        sinks = sum(self.tensors[name].nbytes for name in ("sink_keys", "sink_values")) // self.max_sequences
+        return len(self._free_blocks) * self.layout.block_bytes + chunks + len(self._free_rows) * sinks
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes held for the stored sequences: blocks with their slack, spill chunks, sinks, tables, counters."""
+        return self.bytes_total - self.bytes_free
+
+    # ---- private ---------------------------------------------------------------------------------------------
+
+    def _write_table(self, row: int, first: int, blocks: list[int]) -> None:
+        if blocks:
+            new = torch.tensor(blocks, dtype=torch.int32).to(self.device, non_blocking=True)
+            self.block_table[row, first : first + len(blocks)] = new
+
+    def _release(self, blocks: list[int]) -> None:
+        """Drop one reference to each block; unreferenced ones and their spill chunks become free."""
+        freed = []
+        for block in blocks:
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                freed.append(block)
+        if freed and not self.layout.spec.is_exact:
+            spill_chains.release(self.layers, freed)
+        self._free_blocks.extend(freed)
+
+    def _copy_block(self, source: int) -> int:
+        """Copy a block with its spill chunks into a fresh one, which gets one reference."""
+        if not self._free_blocks:
+            raise PoolExhausted(_exhausted(1, 0, self.num_blocks))
+        target = self._free_blocks.popleft()
+        self._references[target] = 1
+        for name in self.layout.block_shapes():
+            self.tensors[name][:, target] = self.tensors[name][:, source]
+        if not self.layout.spec.is_exact and not spill_chains.copy(self.layers, source, target):
+            self.tensors["key_outlier_count"][:, target] = 0
+            self._references[target] = 0
+            self._free_blocks.appendleft(target)
+            raise PoolExhausted(
+                "no spill chunk is left for a copy of an open block; raise cache.spill_headroom"
+            )
+        return target
+
+
+def _exhausted(needed: int, free: int, total: int) -> str:
+    return (
+        f"the block pool needs {needed} more blocks and has {free} of {total} free ({needed - free} missing); "
+        "raise cache.num_blocks or cache.memory_budget_gib"
+    )
+
+
+def _as_exception(layer: int, kind: int, channel: int, layout: BlockLayout) -> Exception:
+    if kind == ERROR_OUT_OF_SPILL:
+        return PoolExhausted(
+            f"layer {layer} has more key outliers than its spill chunks hold; raise cache.spill_headroom "
+            f"(now {layout.spill_headroom}) or recalibrate on text like this"
+        )
+    side = "value" if kind == ERROR_VALUE_NOT_FINITE else "key"
+    return NonFiniteActivations(
+        f"{side} activations must be finite and fit 16 bits, got NaN, infinity or more than the stored type holds in "
+        f"layer {layer}, channel {channel} (head {channel // layout.head_dim}); check the model's dtype"
+    )

@@ -1,0 +1,370 @@
+"""Schemas of every configuration group; ranges and combinations are checked in `kvquant.validation`.
+
+Values live in YAML under conf/; these dataclasses give them types, so that a misspelt key or a wrong type fails
+while the configuration is composed, before torch is imported. A schema is the option ``_schema`` of its group,
+or ``_<name>`` where each option of a group has fields of its own (tasks), and an option's file starts with
+``defaults: [_schema, _self_]``. A field that some option requires (``path: ???``) defaults to MISSING here, because
+a merge never lets ??? replace a value.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from kvquant.errors import ConfigError
+
+
+def require(ok: bool, key: str, constraint: str, value: Any, fix: str) -> None:
+    """Raise a ConfigError that states constraint, value and fix, unless ``ok``."""
+    if not ok:
+        raise ConfigError(f"{key} must be {constraint}, got {value}; try {fix}")
+
+
+@dataclass
+class ModelConfig:
+    """A causal language model, loaded through transformers' Auto classes."""
+
+    name: str = MISSING
+    path: str | None = MISSING  # None: the model shipped with the package
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
+    max_length: int | None = None
+
+
+@dataclass
+class QuantConfig:
+    """How keys and values are stored; the fields of `kvquant.spec.QuantSpec`."""
+
+    method: str = MISSING
+    bits: int = 3
+    key_bits: int | None = None
+    value_bits: int | None = None
+    outlier_fraction: float = 0.01
+    sink_tokens: int = 0
+    value_groups: int = 1
+    fisher_weight: str = "fisher"
+    qnorm: bool = False
+
+
+@dataclass
+class CacheConfig:
+    """The block pool and what attention reads from it."""
+
+    block_size: int = 64
+    num_blocks: int | None = None
+    memory_budget_gib: float | None = None
+    prefill_reads: str = "quantized"  # quantized, exact
+    spill_headroom: float = 2.0
+
+
+@dataclass
+class KernelConfig:
+    """Which implementation of the kernels runs."""
+
+    backend: str = MISSING
+
+
+@dataclass
+class BatchConfig:
+    """The shape of a batch of prompts: how many, how long, how many tokens follow."""
+
+    kind: str = MISSING  # single, uniform, ragged, trace
+    num_prompts: int = 8
+    prompt_tokens: int | None = None
+    quantile_levels: list[float] = field(default_factory=list)
+    trace_quantiles: list[int] = field(default_factory=list)
+    trace_path: str | None = MISSING
+    decode_tokens: int = 64
+    max_fraction_of_context: float = 0.9
+
+
+@dataclass
+class DataConfig:
+    """A text corpus and how much of it calibrates."""
+
+    name: str = MISSING
+    path: str | None = MISSING
+    calibration_tokens: int = 8192
+    sequence_length: int | None = None
+    heldout_tokens: int | None = 16384
+
+
+@dataclass
+class CalibrationConfig:
+    """Where calibrations are kept and how they are made."""
+
+    dir: str = MISSING
+    tokens: int = MISSING
+    sequence_length: int | None = MISSING
+    lock_timeout_s: float = 1800.0
+
+
+@dataclass
+class EnergyConfig:
+    """Which meter reads joules and whose grid turns them into CO2."""
+
+    meter: str = "auto"  # auto, nvml, rapl, codecarbon, constant, none
+    country: str = "POL"
+
+
+@dataclass
+class TrackingConfig:
+    """An experiment tracker beside result.json."""
+
+    name: str = MISSING  # none, wandb
+    mode: str = "offline"
+    project: str = "kvquant"
+    entity: str | None = None
+    group: str | None = None
+
+
+@dataclass
+class TaskConfig:
+    """What a run does; each task adds its fields in a subclass, and their ranges in `check`."""
+
+    name: str = MISSING
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """Raise a ConfigError for a field out of range; ``task`` is the composed node."""
+
+
+@dataclass
+class PrefillTask(TaskConfig):
+    """The main job: prefill one batch with and without quantization, compare, decode."""
+
+    name: str = "prefill"
+    memory_budget_gib: float = 1.0
+    repeats: int = 3
+    baseline: bool = True
+    figures: bool = True
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """Refuse empty measurements."""
+        budget = task.memory_budget_gib
+        require(budget > 0, "task.memory_budget_gib", "above 0", budget, "1.0")
+        require(task.repeats >= 1, "task.repeats", "1 or more", task.repeats, "3")
+
+
+@dataclass
+class CalibrateTask(TaskConfig):
+    """Compute (or find) the calibration alone, before a sweep."""
+
+    name: str = "calibrate"
+    overwrite: bool = False
+
+
+@dataclass
+class PerplexityTask(TaskConfig):
+    """Perplexity of held-out text over a sliding window, quantized and not."""
+
+    name: str = "perplexity"
+    max_tokens: int | None = MISSING
+    window: int | None = None
+    stride: int | None = None
+    batch_size: int = 4
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """A window must hold a token and its history; a stride must not skip tokens."""
+        window, stride = task.window, task.stride
+        for name in ("max_tokens", "window"):
+            value = task[name]
+            require(value is None or value >= 2, f"task.{name}", "2 or more, or null", value, "null")
+        require(stride is None or stride >= 1, "task.stride", "1 or more, or null", stride, "null")
+        if window is not None and stride is not None:
+            require(
+                stride <= window, "task.stride", f"at most task.window={window}", stride, str(window // 2)
+            )
+        require(task.batch_size >= 1, "task.batch_size", "1 or more", task.batch_size, "4")
+
+
+@dataclass
+class GenerateTask(TaskConfig):
+    """Continue a prompt from a quantized and from an exact cache, side by side."""
+
+    name: str = "generate"
+    prompt: str | None = None
+    max_new_tokens: int = 128
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """A prompt of zero tokens has nothing to continue."""
+        require(task.prompt != "", "task.prompt", "at least one token long", "an empty string", "null")
+        require(task.max_new_tokens >= 1, "task.max_new_tokens", "1 or more", task.max_new_tokens, "128")
+
+
+@dataclass
+class AllocationTask(TaskConfig):
+    """Cost of appending one token against growing tensors by concatenation."""
+
+    name: str = "allocation"
+    lengths: list[int] = field(default_factory=lambda: [1024, 8192, 32768, 131072])
+    channels: int = 1024
+    head_dim: int = 128
+    repeats: int = 50
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """Channels are whole heads; a length is a number of stored tokens."""
+        lengths, head_dim = list(task.lengths), task.head_dim
+        require(bool(lengths) and min(lengths) >= 1, "task.lengths", "1 or more each", lengths, "[1024,8192]")
+        require(head_dim >= 1, "task.head_dim", "1 or more", head_dim, "128")
+        whole_heads = task.channels >= 1 and task.channels % head_dim == 0
+        require(
+            whole_heads, "task.channels", f"a multiple of task.head_dim={head_dim}", task.channels, "1024"
+        )
+        require(task.repeats >= 1, "task.repeats", "1 or more", task.repeats, "50")
+
+
+@dataclass
+class TrainStage:
+    """A part of a training run: until which share of it, and what its sequences hold; the rest is plain text."""
+
+    until: float = 1.0
+    length: int = 512
+    batch_tokens: int = 8192
+    copy_share: float = 0.05
+    retrieval_share: float = 0.15
+
+
+@dataclass
+class TrainTask(TaskConfig):
+    """Train a small Llama on real text with retrieval mixed in, and leave it as a Hugging Face folder."""
+
+    name: str = "train"
+    work_dir: str | None = None
+    model_dir: str | None = None
+    text_paths: list[str] = field(default_factory=list)
+    stdlib_share: float = 0.25
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    intermediate_size: int = 704
+    context: int = 2048
+    rope_theta: float = 10000.0
+    stages: list[TrainStage] = field(default_factory=lambda: [TrainStage()])
+    answer_weight: float = 4.0
+    optimizer: str = "muon"  # muon, adamw
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    schedule: str = "wsd"  # wsd, cosine
+    warmup_steps: int = 50
+    decay_share: float = 0.4
+    max_minutes: float | None = 80.0
+    max_steps: int | None = None
+    checkpoint_minutes: float = 5.0
+    bfloat16: bool = True
+    compile: bool = True
+    heldout_texts: dict[str, str] = field(default_factory=dict)
+    heldout_tokens: int | None = 262144
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """One budget, stages that fill it within the context, heads that group."""
+        budgets = (task.max_minutes, task.max_steps)
+        one_budget = budgets.count(None) == 1 and all(b is None or b > 0 for b in budgets)
+        require(
+            one_budget,
+            "task.max_minutes",
+            "the only budget, or null with task.max_steps",
+            budgets,
+            "[80, null]",
+        )
+        require(
+            task.optimizer in ("muon", "adamw"), "task.optimizer", "muon or adamw", task.optimizer, "adamw"
+        )
+        require(task.schedule in ("wsd", "cosine"), "task.schedule", "wsd or cosine", task.schedule, "wsd")
+        require(
+            0 < task.decay_share <= 1, "task.decay_share", "above 0 and at most 1", task.decay_share, "0.4"
+        )
+        require(0 <= task.stdlib_share <= 1, "task.stdlib_share", "from 0 to 1", task.stdlib_share, "0.25")
+        groups = task.num_kv_heads >= 1 and task.num_heads % task.num_kv_heads == 0
+        require(
+            groups,
+            "task.num_kv_heads",
+            f"a divisor of task.num_heads={task.num_heads}",
+            task.num_kv_heads,
+            "1",
+        )
+        # 256 bytes and the special tokens; ids are kept as 16 bits.
+        require(258 < task.vocab_size <= 65536, "task.vocab_size", "259 to 65536", task.vocab_size, "4096")
+        until = [stage.until for stage in task.stages]
+        rising = bool(until) and until == sorted(until) and until[-1] == 1.0
+        require(rising, "task.stages", "stages whose until rises to 1.0", until, "until: 1.0 in the last")
+        for stage in task.stages:
+            fits = 32 <= stage.length <= task.context
+            require(
+                fits,
+                "task.stages",
+                f"of length 32 to task.context={task.context}",
+                stage.length,
+                "a shorter one",
+            )
+            share = stage.copy_share + stage.retrieval_share
+            require(
+                0 <= share <= 1, "task.stages", "of shares that add up to 1 at most", share, "smaller shares"
+            )
+
+
+# --- Further tasks go here: a dataclass <Name>Task(TaskConfig) with `name: str = "<name>"` and, for its ranges, a
+# --- `check`; beside it conf/task/<name>.yaml starting with `defaults: [_<name>, _self_]`. Nothing else needs to
+# --- change: every subclass of TaskConfig is registered below.
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run."""
+
+    model: ModelConfig = MISSING
+    quant: QuantConfig = MISSING
+    cache: CacheConfig = MISSING
+    kernel: KernelConfig = MISSING
+    batch: BatchConfig = MISSING
+    data: DataConfig = MISSING
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
+    task: TaskConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda
+
+
+def register_schemas() -> None:
+    """Make the schemas known to Hydra; calling it again changes nothing."""
+    store = ConfigStore.instance()
+    store.store(name="_schema", node=Config)
+    groups: dict[str, Any] = {
+        "model": ModelConfig,
+        "quant": QuantConfig,
+        "cache": CacheConfig,
+        "kernel": KernelConfig,
+        "batch": BatchConfig,
+        "data": DataConfig,
+        "tracking": TrackingConfig,
+    }
+    for group, schema in groups.items():
+        store.store(group=group, name="_schema", node=schema)
+    for task in TaskConfig.__subclasses__():
+        store.store(group="task", name=f"_{task.name}", node=task)
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check ranges and combinations of a composed configuration.
+
+    Raises:
+        ConfigError: the first setting that cannot work, with key, value and fix.
+    """
+    # Imported here because the checks know the schemas, not the other way round.
+    from kvquant.validation import check_config
+
+    check_config(cfg)

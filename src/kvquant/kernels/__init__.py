@@ -1,0 +1,113 @@
+"""One set of operations, several backends, chosen by name.
+
+Every backend is a module with the functions named in ``OPERATIONS``, of equal signatures: tensors, named tuples of
+tensors, and ints; never a config. ``reference`` is the plain truth, ``pytorch_fused`` the vectorised CPU default.
+
+Shapes use the letters of the whole package: B sequences, T tokens of the ragged batch, H KV heads, G query heads per
+KV head, D head_dim, C = H*D channels, N blocks in the pool, BS block_size.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
+
+BACKENDS = ("reference", "pytorch_fused", "triton")
+OPERATIONS = ("write_keys", "write_values", "write_exact", "read_keys", "read_values", "attend")
+SPILL_ENTRIES = 32  # outliers in one spill chunk; 32 two-byte values are one 64-byte line
+
+# What a kernel writes into the pool's error word; 0 means that all is well.
+ERROR_KEY_NOT_FINITE, ERROR_VALUE_NOT_FINITE, ERROR_OUT_OF_SPILL = 1, 2, 3
+
+
+class ExactStore(NamedTuple):
+    """One side (keys or values) of one layer, unquantized."""
+
+    data: Tensor  # [N, H, BS, D] model dtype
+
+
+class KeyStore(NamedTuple):
+    """The quantized keys of one layer. Outliers belong to a (block, head) and are in token order.
+
+    The first ``base`` outliers of a (block, head) lie in its own row; further ones in chunks of 32 from a free stack
+    that the layer's blocks share, linked from ``spill_head`` through ``spill_next``. Entry k of a (block, head) is
+    stored iff k < count, so links beyond the count are dead and dropping entries is lowering the count.
+    """
+
+    codes: Tensor  # [N, H, BS, row_bytes] uint8
+    outlier_count: Tensor  # [N, H] int32
+    outlier_index: Tensor  # [N, H, base] int16 holding unsigned slot * D + channel
+    outlier_value: Tensor  # [N, H, base] 16-bit float
+    spill_head: Tensor  # [N, H] int32, first chunk
+    spill_next: Tensor  # [num_chunks] int32
+    spill_index: Tensor  # [num_chunks, 32] int16
+    spill_value: Tensor  # [num_chunks, 32]
+    spill_free: Tensor  # [num_chunks] int32, a stack of free chunks
+    spill_top: Tensor  # [1] int32, height of that stack
+
+
+class ValueStore(NamedTuple):
+    """The quantized values of one layer. A token has VG groups with 2n outliers each, channels ascending."""
+
+    codes: Tensor  # [N, H, BS, row_bytes] uint8
+    zero: Tensor  # [N, BS, VG] 16-bit float
+    scale: Tensor  # [N, BS, VG]
+    outlier_index: Tensor  # [N, BS, VG * 2n] int16 holding the unsigned channel of the layer, 0 to C - 1
+    outlier_value: Tensor  # [N, BS, VG * 2n]
+
+
+class LayerConstants(NamedTuple):
+    """What calibration fixed for one layer (fp32)."""
+
+    key_lower: Tensor  # [H, D]; keys outside [lower, upper] are outliers
+    key_upper: Tensor  # [H, D]
+    key_zero: Tensor  # [H, D]
+    key_scale: Tensor  # [H, D]
+    key_midpoints: Tensor  # [2^bits - 1] between centroids, normalized
+    key_centroids: Tensor  # [2^bits], with Q-Norm applied
+    value_midpoints: Tensor  # [2^bits - 1] between centroids, normalized
+    value_centroids: Tensor  # [2^bits], with Q-Norm applied
+
+
+class LayerStore(NamedTuple):
+    """All that the pool holds for one layer."""
+
+    keys: KeyStore | ExactStore
+    values: ValueStore | ExactStore
+    sink_keys: Tensor  # [rows, sink_tokens, H, D] model dtype, exact; sink_tokens may be 0
+    sink_values: Tensor  # [rows, sink_tokens, H, D]
+    error: Tensor  # [2] int64: kind of the first error (0: none), channel
+
+
+class Rope(NamedTuple):
+    """Rotary tables for keys at rest: position = tile base + offset, R(q - k) = R(q - base) R(offset).
+
+    Rotating the query back by the tile's base and the keys by their offset inside the tile needs one small table per
+    tile size instead of a table row per cached token.
+    """
+
+    offset_cos: Tensor  # [tile, R/2] fp32 for offsets inside a tile, with the model's attention scaling
+    offset_sin: Tensor  # [tile, R/2]
+    base_cos: Tensor  # [tiles, R/2] fp32 for tile bases 0, tile, 2*tile, ...; without the scaling
+    base_sin: Tensor  # [tiles, R/2]
+
+
+def get_backend(name: str, device_type: str = "cpu") -> ModuleType:
+    """Return the backend module called ``name``; ``auto`` picks the default of the device.
+
+    Raises:
+        ValueError: the name is unknown or the backend cannot run here; says which would.
+    """
+    if name == "auto":
+        name = "pytorch_fused"
+    if name == "triton":
+        raise ValueError(
+            "kernel=triton is not available yet (its kernels are not written); use kernel=pytorch_fused, which runs on "
+            f"{device_type}"
+        )
+    if name not in BACKENDS:
+        raise ValueError(f"kernel must be one of auto, {', '.join(BACKENDS)}, got {name!r}; try auto")
+    return importlib.import_module(f"kvquant.kernels.{name}")

@@ -1,0 +1,141 @@
+"""Exact bit packing of codes: `bits` bits per code, 1 to 8, with nothing straddling a byte.
+
+A row of D codes is stored as one to three *planes* whose widths are powers of two, so that three bits really
+take three bits (a 2-bit plane, then a 1-bit plane) and every byte can be unpacked on its own. Rows are never
+packed across each other: appending, cropping or copying a token touches whole bytes.
+"""
+
+import torch
+from torch import Tensor
+
+_PLANE_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Widths in bits of the planes that hold a code of `bits` bits.
+
+    The first plane holds the lowest bits of a code, each next plane the next higher ones.
+
+    Args:
+        bits (int): bits per code, 1 to 8.
+
+    Returns:
+        tuple[int, ...]: powers of two that sum to `bits`, e.g. (2, 1) for 3.
+
+    Raises:
+        ValueError: `bits` is outside 1-8.
+    """
+    if bits not in _PLANE_WIDTHS:
+        raise ValueError(f"bits must be an integer from 1 to 8, got {bits!r}; try 4")
+    return _PLANE_WIDTHS[bits]
+
+
+def packed_row_bytes(num_codes: int, bits: int) -> int:
+    """Bytes that one row of `num_codes` codes takes, each plane rounded up to whole bytes.
+
+    Raises:
+        ValueError: `bits` is outside 1-8 or `num_codes` is negative.
+    """
+    if num_codes < 0:
+        raise ValueError(
+            f"num_codes must not be negative, got {num_codes}; pass the number of codes in a row"
+        )
+    return sum(_plane_bytes(num_codes, width) for width in plane_widths(bits))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack each row of codes into `packed_row_bytes(D, bits)` bytes.
+
+    Args:
+        codes (Tensor): codes below 2**bits (higher bits are cut off), [..., D], uint8.
+        bits (int): bits per code, 1 to 8.
+
+    Returns:
+        Tensor: [..., row_bytes], uint8, contiguous; the fields of the tail beyond D are 0.
+
+    Raises:
+        ValueError: `bits` is outside 1-8, or codes are not uint8 or have no dimension.
+    """
+    widths = plane_widths(bits)
+    _check_bytes("codes", codes)
+    num_codes = codes.shape[-1]
+    packed = codes.new_empty((*codes.shape[:-1], packed_row_bytes(num_codes, bits)))
+
+    start = code_shift = 0
+    for width in widths:
+        plane_bytes = _plane_bytes(num_codes, width)
+        plane = packed[..., start : start + plane_bytes]
+        mask = (1 << width) - 1
+        # Byte w holds channels w, w + W, w + 2W, ..., not neighbours: RoPE's rotate-half partners (d, d + D/2)
+        # then share a byte, and each field of a run of bytes unpacks to one contiguous run of channels.
+        for field in range(8 // width):
+            first = min(field * plane_bytes, num_codes)
+            run = codes[..., first : first + plane_bytes]
+            shift = field * width - code_shift
+            bits_of_run = run & (mask << code_shift)
+            if shift:
+                bits_of_run = bits_of_run << shift if shift > 0 else bits_of_run >> -shift
+            if field == 0:
+                plane.copy_(bits_of_run)
+            else:
+                plane[..., : run.shape[-1]] |= bits_of_run
+        start += plane_bytes
+        code_shift += width
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
+    """Invert `pack`.
+
+    Args:
+        packed (Tensor): [..., row_bytes], uint8, as returned by `pack`.
+        bits (int): bits per code, 1 to 8.
+        num_codes (int): D, the codes in a row.
+
+    Returns:
+        Tensor: codes, [..., D], uint8, contiguous.
+
+    Raises:
+        ValueError: `bits` is outside 1-8, packed is not uint8, or its rows are not `packed_row_bytes(D, bits)` long.
+    """
+    widths = plane_widths(bits)
+    _check_bytes("packed", packed)
+    row_bytes = packed_row_bytes(num_codes, bits)
+    if packed.shape[-1] != row_bytes:
+        raise ValueError(
+            f"packed rows of {num_codes} codes at {bits} bits must be {row_bytes} bytes long, "
+            f"got {packed.shape[-1]}; pass the num_codes and bits that were packed"
+        )
+    codes = packed.new_empty((*packed.shape[:-1], num_codes))
+
+    start = code_shift = 0
+    for width in widths:
+        plane_bytes = _plane_bytes(num_codes, width)
+        mask = (1 << width) - 1
+        for field in range(8 // width):
+            first = min(field * plane_bytes, num_codes)
+            run = codes[..., first : first + plane_bytes]
+            fields = packed[..., start : start + run.shape[-1]] & (mask << (field * width))
+            shift = code_shift - field * width
+            if shift:
+                fields = fields << shift if shift > 0 else fields >> -shift
+            if code_shift == 0:
+                run.copy_(fields)
+            else:
+                run |= fields
+        start += plane_bytes
+        code_shift += width
+    return codes
+
+
+def _plane_bytes(num_codes: int, width: int) -> int:
+    per_byte = 8 // width
+    return -(-num_codes // per_byte)
+
+
+def _check_bytes(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.uint8 or tensor.dim() == 0:
+        raise ValueError(
+            f"{name} must be a uint8 tensor of at least one dimension, got {tensor.dtype} of shape "
+            f"{list(tensor.shape)}; convert it with .to(torch.uint8)"
+        )

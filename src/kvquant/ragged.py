@@ -1,0 +1,111 @@
+"""Ragged batches: where every token of one forward call comes from and where it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def cumulative_lengths(lengths: Sequence[int]) -> list[int]:
+    """Return ``[0, n0, n0+n1, ...]`` (B + 1 entries), the host form of ``cu_seqlens``."""
+    total, out = 0, [0]
+    for length in lengths:
+        total += length
+        out.append(total)
+    return out
+
+
+def lengths_from_cu_seqlens(cu_seqlens: Tensor | Sequence[int], num_tokens: int) -> tuple[int, ...]:
+    """Return the length of every sequence of a ragged batch, in tokens.
+
+    Args:
+        cu_seqlens: int32 [B + 1], rising from 0 to ``num_tokens``.
+        num_tokens: T, the tokens of the whole batch.
+
+    Raises:
+        ValueError: the offsets do not describe a batch of T tokens, or a sequence is empty.
+    """
+    offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != num_tokens:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the batch's {num_tokens} tokens, got {offsets[:4]}...{offsets[-1:]}; "
+            "build it from the prompts' lengths"
+        )
+    lengths = tuple(b - a for a, b in zip(offsets, offsets[1:], strict=False))
+    if min(lengths) < 1:
+        raise ValueError(
+            f"every sequence must hold at least 1 token, got {min(lengths)} at index "
+            f"{lengths.index(min(lengths))}; drop empty prompts"
+        )
+    return lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedStep:
+    """One forward call over a ragged batch: T new tokens of B sequences, some with a stored history.
+
+    Host tuples drive loops and reservations; device tensors drive the kernels. Both say the same.
+
+    Attributes:
+        past: tokens stored before this call, per sequence (host).
+        lengths: new tokens, per sequence (host).
+        rows: rows of the block table, int64 [B].
+        block_table: ids of the blocks of each sequence, int32 [B, M]; unused entries are 0.
+        token_sequence: index into the batch of every token, int64 [T].
+        positions: position of every token in its sequence, int64 [T].
+        slot_block: block that takes each token, int64 [T].
+        slot_offset: slot within that block, int64 [T].
+    """
+
+    past: tuple[int, ...]
+    lengths: tuple[int, ...]
+    rows: Tensor
+    block_table: Tensor
+    token_sequence: Tensor
+    positions: Tensor
+    slot_block: Tensor
+    slot_offset: Tensor
+
+    @classmethod
+    def build(
+        cls, past: Sequence[int], lengths: Sequence[int], rows: Tensor, block_table: Tensor, block_size: int
+    ) -> RaggedStep:
+        """Lay out the new tokens of a call, without a device synchronisation.
+
+        Args:
+            past: tokens stored already, per sequence.
+            lengths: new tokens, per sequence.
+            rows: rows of the block table, int64 [B].
+            block_table: int32 [B, M] with the blocks of past and new tokens.
+            block_size: tokens per block.
+        """
+        device = block_table.device
+        total = sum(lengths)
+        # Built from host lists in one small copy each: nothing here waits for the device.
+        length_t = torch.tensor(lengths, dtype=torch.int64).to(device, non_blocking=True)
+        start_t = torch.tensor(
+            [p - c for p, c in zip(past, cumulative_lengths(lengths), strict=False)], dtype=torch.int64
+        ).to(device, non_blocking=True)
+        sequence = torch.repeat_interleave(
+            torch.arange(len(lengths), device=device), length_t, output_size=total
+        )
+        positions = torch.arange(total, device=device) + start_t[sequence]
+        block_index = torch.div(positions, block_size, rounding_mode="floor")
+        return cls(
+            past=tuple(past),
+            lengths=tuple(lengths),
+            rows=rows,
+            block_table=block_table,
+            token_sequence=sequence,
+            positions=positions,
+            slot_block=block_table[sequence, block_index].to(torch.int64),
+            slot_offset=positions - block_index * block_size,
+        )
+
+    @property
+    def kv_lengths(self) -> tuple[int, ...]:
+        """Tokens of every sequence once this call is stored (host)."""
+        return tuple(p + n for p, n in zip(self.past, self.lengths, strict=True))

@@ -1,0 +1,95 @@
+"""Chains of spill chunks behind full outlier rows: give back, cut and copy.
+
+Used when sequences are freed, cropped or forked, never while tokens are written. A chain is as long as its (block,
+head)'s count says; links beyond that are dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kvquant.kernels import SPILL_ENTRIES, ExactStore, KeyStore, LayerStore
+
+
+def _key_stores(layers: Sequence[LayerStore]) -> Iterator[KeyStore]:
+    for layer in layers:
+        assert not isinstance(layer.keys, ExactStore)  # exact storage has no outliers
+        yield layer.keys
+
+
+def _chain_lengths(store: KeyStore, counts: Tensor) -> Tensor:
+    """Chunks behind rows that hold ``counts`` outliers."""
+    beyond = counts - store.outlier_index.shape[-1]
+    return torch.div(beyond + SPILL_ENTRIES - 1, SPILL_ENTRIES, rounding_mode="floor").clamp(min=0)
+
+
+def _chunks(store: KeyStore, heads: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Ids of chunks number ``first`` to ``last - 1`` of the chains that begin at ``heads`` (flat tensors)."""
+    found, chunk = [], heads.to(torch.int64)
+    for level in range(int(last.max()) if last.numel() else 0):
+        found.append(chunk[(level >= first) & (level < last)])
+        chunk = store.spill_next[chunk].to(torch.int64)
+    return torch.cat(found) if found else heads.new_zeros(0, dtype=torch.int64)
+
+
+def _push(store: KeyStore, chunks: Tensor) -> None:
+    top = int(store.spill_top)
+    store.spill_free[top : top + chunks.numel()] = chunks.to(torch.int32)
+    store.spill_top.add_(chunks.numel())
+
+
+def release(layers: Sequence[LayerStore], blocks: list[int]) -> None:
+    """Return all spill chunks of some blocks to the free stacks."""
+    for store in _key_stores(layers):
+        lengths = _chain_lengths(store, store.outlier_count[blocks]).flatten()
+        _push(store, _chunks(store, store.spill_head[blocks].flatten(), torch.zeros_like(lengths), lengths))
+        store.outlier_count[blocks] = 0
+
+
+def crop(layers: Sequence[LayerStore], block: int, tokens: int, head_dim: int) -> None:
+    """Drop the outliers of slots from ``tokens`` on in one block."""
+    for store in _key_stores(layers):
+        base, count, head = store.outlier_index.shape[-1], store.outlier_count[block], store.spill_head[block]
+        old = _chain_lengths(store, count)
+        limit = tokens * head_dim
+        kept = _entries_below(store.outlier_index[block], count, limit)
+        chunk = head.to(torch.int64)
+        for level in range(int(old.max())):
+            left = count - base - level * SPILL_ENTRIES
+            kept = kept + _entries_below(store.spill_index[chunk], left, limit)
+            chunk = store.spill_next[chunk].to(torch.int64)
+        _push(store, _chunks(store, head, _chain_lengths(store, kept), old))
+        store.outlier_count[block] = kept.to(torch.int32)
+
+
+def _entries_below(index: Tensor, count: Tensor, limit: int) -> Tensor:
+    """How many of the first ``count`` [H] entries of ``index`` [H, K] lie below ``limit``."""
+    present = torch.arange(index.shape[-1], device=index.device) < count[:, None]
+    return (present & ((index.to(torch.int64) & 0xFFFF) < limit)).sum(-1)
+
+
+def copy(layers: Sequence[LayerStore], source: int, target: int) -> bool:
+    """Give a copied block chains of its own; returns False, with nothing taken, when chunks run out."""
+    stores = list(_key_stores(layers))
+    needed = [_chain_lengths(store, store.outlier_count[source]) for store in stores]
+    if any(int(n.sum()) > int(store.spill_top) for store, n in zip(stores, needed, strict=True)):
+        return False
+    for store, lengths in zip(stores, needed, strict=True):
+        for h, length in enumerate(lengths.tolist()):
+            old, previous = int(store.spill_head[source, h]), None
+            for _ in range(length):
+                store.spill_top.sub_(1)
+                new = int(store.spill_free[int(store.spill_top)])
+                store.spill_index[new], store.spill_value[new] = (
+                    store.spill_index[old],
+                    store.spill_value[old],
+                )
+                if previous is None:
+                    store.spill_head[target, h] = new
+                else:
+                    store.spill_next[previous] = new
+                old, previous = int(store.spill_next[old]), new
+    return True

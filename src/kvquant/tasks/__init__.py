@@ -1,0 +1,1 @@
+"""One module per task; each has ``run(cfg, context)`` and raises where it fails, never exits."""

@@ -1,0 +1,194 @@
+"""One run from its composed configuration to its result.json: what every task has around it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvquant.config import validate
+from kvquant.errors import ConfigError, DeviceError, KVQuantError, PoolExhausted
+from kvquant.provenance import cpu_name
+from kvquant.results import RunRecord, one_line
+from kvquant.tracking import open_tracker
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvquant.energy import Meter
+
+log = logging.getLogger(__name__)
+
+
+class TaskContext:
+    """What a task gets beside its configuration.
+
+    Args:
+        run_dir: folder for everything the task leaves behind.
+        record: takes metrics, the table, figures and hashes; it is saved for the task.
+        console: where progress bars and tables are printed.
+        device: the device to run on.
+        meter_name: which energy meter to open, see `kvquant.energy.open_meter`.
+        country: whose grid the energy comes from.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        record: RunRecord,
+        console: Console,
+        device: torch.device,
+        meter_name: str = "none",
+        country: str = "POL",
+    ) -> None:
+        self.run_dir = run_dir
+        self.record = record
+        self.console = console
+        self.device = device
+        self._meter_name = meter_name
+        self._country = country
+
+    @functools.cached_property
+    def meter(self) -> Meter:
+        """The energy meter, opened at first use: touch it before what is measured, since opening one takes time."""
+        from kvquant.energy import open_meter
+
+        return open_meter(self._meter_name, country=self._country, use_cuda=self.device.type == "cuda")
+
+    def close(self) -> None:
+        """Release the meter, if the task opened one."""
+        if "meter" in self.__dict__:
+            self.meter.close()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, the GPU's included."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        DeviceError: cuda is asked for and absent; falling back would measure something else than was asked.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        built = f"this torch {torch.__version__} sees no GPU"
+        raise DeviceError(f"device must be available, got cuda, but {built}; try device=auto or device=cpu")
+    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a reader would call the device: the GPU's or the processor's name."""
+    if device.type != "cuda":
+        return cpu_name()
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a run ended because host, GPU or block pool had no room left."""
+    if isinstance(error, MemoryError | PoolExhausted) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def print_table(console: Console, record: RunRecord) -> None:
+    """Print the record's table, if the task set one."""
+    if record.table is None:
+        return
+    # Escaped, because rich would take the unit in "TTFT [s]" for markup.
+    table = Table(title=escape(record.table.title), title_justify="left")
+    for index, column in enumerate(record.table.columns):
+        table.add_column(escape(column), justify="left" if index == 0 else "right")
+    for row in record.table.rows:
+        table.add_row(*("-" if entry is None else escape(str(entry)) for entry in row))
+    console.print(table)
+
+
+def _load_task(name: str) -> Any:
+    try:
+        return importlib.import_module(f"kvquant.tasks.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"kvquant.tasks.{name}":
+            raise
+        raise ConfigError(f"task={name} is not part of this version; try task=prefill") from error
+
+
+def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | None = None) -> RunRecord:
+    """Run the configured task and leave a complete result.json, whatever happens.
+
+    Args:
+        cfg: the composed configuration, without Hydra's own node.
+        run_dir: folder of the run; by default the one Hydra made.
+        console: where to print; by default standard output.
+
+    Raises:
+        KVQuantError: what the task raised, or the folder cannot be written.
+        Exception: anything else a task raises, so that a launcher counts the point as failed; the record has
+            status ``failed``, ``out_of_memory`` or ``interrupted`` by then.
+    """
+    run_dir = run_dir or Path(HydraConfig.get().runtime.output_dir)
+    console = console or Console()
+    # Again here although run.py has checked: a queued Slurm job composes its configuration anew.
+    validate(cfg)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    record = RunRecord(run_dir, task=cfg.task.name, config=config, seed=cfg.seed)
+    if HydraConfig.initialized():
+        record.provenance["overrides"] = list(HydraConfig.get().overrides.task)
+    # Before anything heavy: a folder that cannot be written costs a second, not an hour.
+    record.save()
+    tracker = open_tracker(config["tracking"], run_dir=run_dir, config=config)
+    try:
+        task = _load_task(cfg.task.name)
+        device = resolve_device(cfg.device)
+        record.provenance["device"] = device_name(device)
+        seed_everything(cfg.seed)
+        context = TaskContext(run_dir, record, console, device, cfg.energy.meter, cfg.energy.country)
+        with contextlib.closing(context):
+            task.run(cfg, context)
+    except BaseException as error:
+        status = "failed"
+        if isinstance(error, KeyboardInterrupt):
+            status = "interrupted"
+        elif is_out_of_memory(error):
+            status = "out_of_memory"
+        _finish(record, status, error)
+        tracker.finish(record.metrics, status)
+        raise
+    record.finish("ok")
+    tracker.finish(record.metrics, "ok")
+    print_table(console, record)
+    console.print(f"result: {record.path}", soft_wrap=True, highlight=False, markup=False)
+    return record
+
+
+def _finish(record: RunRecord, status: str, error: BaseException) -> None:
+    try:
+        record.finish(status, error)
+    except KVQuantError as second:
+        # The task's own error matters more than a folder that became unwritable meanwhile.
+        log.error("%s", one_line(second))
+    log.info(
+        "%s: %s", status, one_line(error), exc_info=not isinstance(error, KVQuantError | KeyboardInterrupt)
+    )

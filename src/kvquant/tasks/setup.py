@@ -1,0 +1,130 @@
+"""What every task starts with: model, text and calibration, from the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track as rich_track
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvquant.calibration import Calibration, CalibrationText, calibrate
+from kvquant.data.corpus import Corpus, load_corpus
+from kvquant.data.prompts import calibration_stream, token_stream
+from kvquant.errors import DataError
+from kvquant.models import ModelShape, load_model, load_tokenizer, model_shape
+from kvquant.models.loading import model_fingerprint
+from kvquant.spec import QuantSpec
+
+DEFAULT_SEQUENCE_LENGTH = 512  # of calibration: many short sequences see more kinds of text than few long ones
+
+
+@dataclasses.dataclass
+class Workbench:
+    """A loaded model with its text; calibrations are made from it.
+
+    Attributes:
+        context: tokens a sequence may hold.
+    """
+
+    cfg: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    shape: ModelShape
+    context: int
+    corpus: Corpus
+    model_hash: str
+    console: Console
+
+    def spec(self) -> QuantSpec:
+        """The quantization settings of this run."""
+        return QuantSpec(**dict(self.cfg.quant))
+
+    def calibration(self, spec: QuantSpec | None = None, *, overwrite: bool = False) -> Calibration:
+        """Fit (or find) the quantizers of every layer on the corpus' calibration split.
+
+        Raises:
+            CalibrationError: see :func:`kvquant.calibration.calibrate`.
+        """
+        settings = self.cfg.calibration
+        length = settings.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, self.context)
+        return calibrate(
+            self.model,
+            CalibrationText(
+                calibration_stream(self.tokenizer, self.corpus.calibration, settings.tokens, length),
+                length,
+                self.model_hash,
+                self.corpus.sha256,
+            ),
+            self.spec() if spec is None else spec,
+            settings.dir,
+            lock_timeout_s=settings.lock_timeout_s,
+            overwrite=overwrite,
+            track=progress(self.console),
+        )
+
+    def heldout(self, max_tokens: int | None) -> Tensor:
+        """Tokens of the held-out split, int64 [at most max_tokens]."""
+        return token_stream(self.tokenizer, self.corpus.heldout, max_tokens)
+
+    def cache_settings(self) -> dict[str, Any]:
+        """The arguments of ``kv.new_cache`` that the configuration sets."""
+        cache = self.cfg.cache
+        return {
+            "block_size": cache.block_size,
+            "num_blocks": cache.num_blocks,
+            "memory_budget_gib": cache.memory_budget_gib,
+            "prefill_reads": cache.prefill_reads,
+            "spill_headroom": cache.spill_headroom,
+            "backend": self.cfg.kernel.backend,
+            "max_length": self.context,
+        }
+
+
+def open_workbench(cfg: Any, context: Any) -> Workbench:
+    """Load model and text, and note their hashes in the run's provenance.
+
+    Raises:
+        ModelError: the model is missing, corrupt or not supported.
+        DataError: the text is.
+    """
+    with context.console.status("loading model and text"):
+        settings = cfg.model
+        model_hash = model_fingerprint(settings.path)
+        model = load_model(
+            settings.path,
+            dtype=settings.dtype,
+            device=context.device,
+            device_map=settings.device_map,
+            trust_remote_code=settings.trust_remote_code,
+            revision=settings.revision,
+        )
+        tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
+        shape = model_shape(model)
+        try:
+            corpus = load_corpus(cfg.data.name, cfg.data.path)
+        except (ValueError, OSError) as error:
+            raise DataError(str(error)) from error
+    context.record.provenance["model_hash"] = model_hash
+    context.record.provenance["data_hash"] = corpus.sha256
+    context.record.metrics["model"] = {
+        **dataclasses.asdict(shape),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    limit = min(settings.max_length or shape.max_length, shape.max_length)
+    torch.manual_seed(cfg.seed)
+    return Workbench(cfg, model, tokenizer, shape, limit, corpus, model_hash, context.console)
+
+
+def progress(console: Console) -> Callable[[Iterable[Any], str, int], Iterator[Any]]:
+    """A ``track(items, description, total)`` that shows a progress bar."""
+
+    def track(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
+        return iter(rich_track(items, description, total, console=console, transient=True))
+
+    return track

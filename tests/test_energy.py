@@ -1,0 +1,139 @@
+"""Meters: counters against known totals, honest marks, nothing left behind, no network."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kvquant import energy
+from kvquant.energy import CarbonIntensity, CounterMeter, RaplCounter, carbon_intensity, open_meter
+from kvquant.errors import ConfigError, MeterError
+
+GRID = CarbonIntensity(500.0, "test grid")
+
+
+def rapl_zone(root: Path, folder: str, name: str, energy_uj: int, range_uj: int = 1_000_000) -> Path:
+    zone = root / folder
+    zone.mkdir(parents=True)
+    (zone / "name").write_text(f"{name}\n")
+    (zone / "energy_uj").write_text(f"{energy_uj}\n")
+    (zone / "max_energy_range_uj").write_text(f"{range_uj}\n")
+    return zone / "energy_uj"
+
+
+def test_a_counter_window_is_the_difference_of_two_readings() -> None:
+    readings = iter([10.0, 10.5, 12.5, 13.0])
+    meter = CounterMeter("replay", "measured", GRID, lambda: next(readings))
+    with meter.window("outer") as outer, meter.window("inner") as inner:
+        pass
+    assert inner.energy_j == 2.0
+    assert outer.energy_j == 3.0
+    assert outer.as_metrics()["carbon_gco2e"] == pytest.approx(3.0 / 3.6e6 * 500)
+    assert outer.as_metrics()["energy_kind"] == "measured"
+
+
+def test_a_window_is_complete_after_an_exception_too() -> None:
+    readings = iter([1.0, 4.0])
+    meter = CounterMeter("replay", "measured", GRID, lambda: next(readings))
+    with pytest.raises(RuntimeError), meter.window("w") as window:
+        raise RuntimeError
+    assert window.energy_j == 3.0
+
+
+def test_the_device_is_waited_for_at_both_edges() -> None:
+    events: list[str] = []
+
+    def read_j() -> float:
+        events.append("read")
+        return 0.0
+
+    meter = CounterMeter("replay", "measured", GRID, read_j, synchronize=lambda: events.append("wait"))
+    with meter.window("w"):
+        events.append("work")
+    assert events == ["wait", "read", "work", "wait", "read"]
+
+
+def test_rapl_adds_packages_and_memory_and_survives_a_wrap(tmp_path: Path) -> None:
+    package = rapl_zone(tmp_path, "intel-rapl:0", "package-0", 900_000)
+    rapl_zone(tmp_path, "intel-rapl:0:0", "core", 1)
+    memory = rapl_zone(tmp_path, "intel-rapl:0:1", "dram", 100)
+    counter = RaplCounter(tmp_path)
+    package.write_text("100000")  # wrapped at 1,000,000
+    memory.write_text("50100")
+    assert counter.read_j() == pytest.approx(0.25)
+    assert counter.read_j() == pytest.approx(0.25)
+
+
+def test_rapl_without_zones_or_rights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MeterError, match="package counter"):
+        RaplCounter(tmp_path)
+    rapl_zone(tmp_path, "intel-rapl:0", "package-0", 1).write_text("not a number")
+    with pytest.raises(MeterError, match="try energy.meter=auto"):
+        RaplCounter(tmp_path)
+
+
+def test_codecarbon_estimates_offline_and_quietly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def no_network(*args: object) -> None:
+        raise AssertionError("a meter must not use the network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.chdir(tmp_path)
+    threads = threading.active_count()
+    meter = open_meter("codecarbon")
+    start_s = time.perf_counter()
+    with meter.window("prefill") as window:
+        time.sleep(0.2)
+    overhead_s = time.perf_counter() - start_s - window.duration_s
+    assert window.kind == "estimated" and "CodeCarbon" in window.source
+    assert window.energy_j is not None and 0.1 < window.energy_j < 200
+    assert "Poland" in window.intensity.source
+    assert overhead_s < 0.2
+    with pytest.raises(MeterError, match="cannot be nested"), meter.window("a"), meter.window("b"):
+        pass
+    with meter.window("again") as again:
+        pass
+    assert again.energy_j is not None
+    meter.close()
+    assert threading.active_count() == threads
+    out = capfd.readouterr()
+    assert out.out == "" and out.err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_takes_the_next_best_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise MeterError("not here")
+
+    monkeypatch.setattr(energy, "open_rapl", broken)
+    monkeypatch.setattr(energy, "CodeCarbonMeter", broken)
+    meter = open_meter("auto")
+    with meter.window("w") as window:
+        time.sleep(0.01)
+    assert window.kind == "estimated" and "constant 65 W" in window.source
+    assert window.energy_j == pytest.approx(65 * window.duration_s, rel=0.2)
+
+
+def test_a_meter_asked_for_by_name_is_never_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(energy, "RaplCounter", lambda: RaplCounter(tmp_path))
+    with pytest.raises(MeterError, match="RAPL"):
+        open_meter("rapl")
+
+
+def test_none_meters_time_alone() -> None:
+    with open_meter("none").window("w") as window:
+        pass
+    assert window.energy_j is None and window.carbon_gco2e is None and window.duration_s > 0
+
+
+def test_the_grid_is_named_and_must_exist() -> None:
+    assert carbon_intensity("POL").g_per_kwh > carbon_intensity("FRA").g_per_kwh > 0
+    with pytest.raises(ConfigError, match="got XXX; try POL"):
+        open_meter("constant", country="XXX")
+    logging.getLogger("codecarbon").setLevel(logging.NOTSET)
