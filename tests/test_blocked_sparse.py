@@ -116,9 +116,14 @@ def test_growing_moves_nothing_and_memory_is_what_is_held(kind):
         assert held[: len(addresses)] == addresses
         addresses = held
     assert matrix.memory_allocated_bytes() == 5 * base_bytes  # exactly full, no overflow
-    matrix.append_token(torch.arange(1000), torch.ones(1000))  # 936 more than a block's base: 960 chained
+    matrix.append_token([0], [1.0])
+    addresses = [part.data_ptr() for block in matrix._blocks for part in block.tensors()]
+    matrix.append_token(torch.arange(999), torch.ones(999))  # 936 more than a block's base: 960 chained
     assert matrix.num_blocks_allocated == 6
     assert matrix.memory_allocated_bytes() == 6 * base_bytes + 960 * 4
+    assert [part.data_ptr() for block in matrix._blocks for part in block.tensors()][
+        : len(addresses)
+    ] == addresses
 
 
 @both

@@ -306,3 +306,19 @@ def test_tracking_never_fails_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     tracker.log({"a": 1})
     tracker.finish({"a": 1}, "ok")
     assert json.dumps(flatten({"a": {"b": 1}, "c": 2})) == '{"a.b": 1, "c": 2}'
+
+
+def test_wandb_writes_locally_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    from kvquant.tracking import WandbTracker, open_tracker
+
+    settings = {"name": "wandb", "mode": "offline", "project": "p", "entity": None, "group": None}
+    tracker = open_tracker(settings, run_dir=tmp_path, config={"quant": {"bits": 3}})
+    assert isinstance(tracker, WandbTracker)
+    tracker.log({"decode": {"tokens_per_s": 1.0}}, step=1)
+    tracker.finish({"ttft_s": 0.5}, "ok")
+    assert list(tmp_path.rglob("*.wandb"))
+    assert not caplog.records
+    assert capfd.readouterr().err == ""

@@ -92,7 +92,7 @@ class BatchedKVQuantizer:
         Raises:
             ValueError: shapes disagree, or NaN or infinity among the elements.
         """
-        T, H, D = keys.shape
+        _, H, D = keys.shape
         if values.shape != keys.shape:
             raise ValueError(
                 f"keys and values must have one shape, got {list(keys.shape)} and {list(values.shape)}"
@@ -222,7 +222,7 @@ class BatchedKVQuantizer:
             PoolExhausted: more outliers than ``spill_headroom`` provides for.
         """
         T, H, D = keys.shape
-        if (H, D) != (self.num_kv_heads, self.head_dim) or values.shape != keys.shape:
+        if (self.num_kv_heads, self.head_dim) != (H, D) or values.shape != keys.shape:
             raise ValueError(
                 f"keys and values must be [T, {self.num_kv_heads}, {self.head_dim}], "
                 f"got {list(keys.shape)} and {list(values.shape)}"

@@ -27,6 +27,9 @@ from kvquant.kernels import (
 )
 from kvquant.ragged import RaggedStep
 
+# Per layer. The expected number averages over many blocks; in a pool of a few, one odd sentence is not the average.
+_MIN_CHUNKS = 64
+
 
 @dataclasses.dataclass
 class _Reservation:
@@ -73,7 +76,8 @@ class BlockPool:
             name: torch.zeros(L, num_blocks, *shape, dtype=dtype, device=device)
             for name, (shape, dtype) in layout.block_shapes().items()
         }
-        self.num_chunks = num_blocks * layout.spill_chunks_per_block
+        per_block = layout.spill_chunks_per_block
+        self.num_chunks = max(num_blocks * per_block, _MIN_CHUNKS) if per_block else 0
         for name, (shape, dtype) in layout.chunk_shapes().items():
             self.tensors[name] = torch.zeros(L, self.num_chunks, *shape, dtype=dtype, device=device)
         sink_shape = (L, max_sequences, layout.spec.sink_tokens, layout.num_kv_heads, layout.head_dim)
@@ -239,7 +243,7 @@ class BlockPool:
         if sum(needed) > len(self._free_blocks):
             raise PoolExhausted(_exhausted(sum(needed), len(self._free_blocks), self.num_blocks))
         columns = self.block_table.shape[1]
-        for row, p, n in zip(rows, past, lengths, strict=True):
+        for p, n in zip(past, lengths, strict=True):
             if self.layout.blocks_for(p + n) > columns:
                 raise PoolExhausted(
                     f"a sequence may hold {columns * self.layout.block_size} tokens here, got {p + n}; raise max_length"

@@ -89,7 +89,9 @@ class Calibration:
 
 def exact_calibration(shape: ModelShape) -> Calibration:
     """The calibration of ``quant=none``: nothing to fit."""
-    quantizers = [BatchedKVQuantizer.exact(shape.num_kv_heads, shape.head_dim) for _ in range(shape.num_layers)]
+    quantizers = [
+        BatchedKVQuantizer.exact(shape.num_kv_heads, shape.head_dim) for _ in range(shape.num_layers)
+    ]
     return Calibration(QuantSpec(method="none"), quantizers, {})
 
 
@@ -137,7 +139,9 @@ def calibrate(
         )
         num_layers = model_shape(model).num_layers
         quantizers = []
-        for layer in track(range(num_layers), f"codebooks, {spec.key_bits}/{spec.value_bits} bits", num_layers):
+        for layer in track(
+            range(num_layers), f"codebooks, {spec.key_bits}/{spec.value_bits} bits", num_layers
+        ):
             tensors = _load(activations / _layer_file(layer), text.fingerprint(model.dtype))
             quantizers.append(
                 BatchedKVQuantizer.calibrate(
@@ -211,9 +215,11 @@ def _record(model: PreTrainedModel, text: CalibrationText, track: Track) -> list
             recorded.clear()
     positions = torch.cat([torch.arange(len(s)) for s in sequences])
     names = ("keys", "values", "key_fisher", "value_fisher")
-    out = []
+    out: list[dict[str, Tensor]] = []
     for layer_parts in parts:
-        joined = {n: torch.cat(c).contiguous() for n, c in zip(names, zip(*layer_parts, strict=True), strict=True)}
+        joined = {
+            n: torch.cat(c).contiguous() for n, c in zip(names, zip(*layer_parts, strict=True), strict=True)
+        }
         layer_parts.clear()
         for name in names[:2]:
             if not bool(torch.isfinite(joined[name]).all()):
@@ -314,7 +320,9 @@ def _load(path: Path, fingerprint: dict[str, str]) -> dict[str, Tensor]:
                 )
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, KeyError) as error:
-        raise CalibrationError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete it and run again") from error
+        raise CalibrationError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); delete it and run again"
+        ) from error
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

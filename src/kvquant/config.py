@@ -242,6 +242,7 @@ class TrainTask(TaskConfig):
     work_dir: str | None = None
     model_dir: str | None = None
     text_paths: list[str] = field(default_factory=list)
+    text_note: str | None = None
     stdlib_share: float = 0.25
     vocab_size: int = 4096
     hidden_size: int = 256

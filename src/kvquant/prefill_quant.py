@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+
 from torch import Tensor
 
 from kvquant.batched_quant import BatchedKVQuantizer
@@ -60,7 +61,13 @@ class PrefillQuantizedAttention:
         self.quantizer.write(keys, values, store, step, backend=self.backend)
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, store: LayerStore, step: RaggedStep, rope: Rope | None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        store: LayerStore,
+        step: RaggedStep,
+        rope: Rope | None,
     ) -> Tensor:
         """Attend over the stored history and the call's own tokens, which are stored already.
 
@@ -75,7 +82,9 @@ class PrefillQuantizedAttention:
         Returns:
             [T, Hq, D], in the query's dtype.
         """
-        own_exact = self.prefill_reads == "exact" and max(step.lengths) > 1 and not self.quantizer.spec.is_exact
+        own_exact = (
+            self.prefill_reads == "exact" and max(step.lengths) > 1 and not self.quantizer.spec.is_exact
+        )
         sinks = None
         if store.sink_keys.shape[1]:
             sinks = (store.sink_keys[step.rows], store.sink_values[step.rows])
@@ -94,7 +103,13 @@ class PrefillQuantizedAttention:
         )
 
     def __call__(
-        self, query: Tensor, keys: Tensor, values: Tensor, store: LayerStore, step: RaggedStep, rope: Rope | None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        store: LayerStore,
+        step: RaggedStep,
+        rope: Rope | None,
     ) -> Tensor:
         """:meth:`store`, then :meth:`attend`."""
         self.store(keys, values, store, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ def lengths_from_cu_seqlens(cu_seqlens: Tensor | Sequence[int], num_tokens: int)
             f"cu_seqlens must rise from 0 to the batch's {num_tokens} tokens, got {offsets[:4]}...{offsets[-1:]}; "
             "build it from the prompts' lengths"
         )
-    lengths = tuple(b - a for a, b in zip(offsets, offsets[1:], strict=False))
+    lengths = tuple(b - a for a, b in itertools.pairwise(offsets))
     if min(lengths) < 1:
         raise ValueError(
             f"every sequence must hold at least 1 token, got {min(lengths)} at index "

@@ -64,7 +64,7 @@ class WandbTracker:
         """Send the final numbers and close; a failure is logged and forgotten."""
         try:
             self._run.summary.update({**flatten(metrics), "status": status})
-            self._run.finish(exit_code=0 if status == "ok" else 1, quiet=True)
+            self._run.finish(exit_code=0 if status == "ok" else 1)
         except Exception as error:
             log.warning("wandb did not finish: %s", error)
 

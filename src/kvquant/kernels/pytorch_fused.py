@@ -86,7 +86,9 @@ def write_keys(
         token, head = torch.div(row, H, rounding_mode="floor"), row % H
         kept = kept.to(store.outlier_value.dtype)
         _flag_overflow(kept, head * D + channel, ERROR_KEY_NOT_FINITE, error)
-        _append_key_outliers(slot_block[token] * H + head, slot_offset[token] * D + channel, kept, store, error)
+        _append_key_outliers(
+            slot_block[token] * H + head, slot_offset[token] * D + channel, kept, store, error
+        )
 
 
 def _append_key_outliers(

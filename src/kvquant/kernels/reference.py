@@ -124,7 +124,7 @@ def write_values(
         for g in range(VG):
             part = x[g * group : (g + 1) * group]
             # Ascending by (value, channel): ties at the low end keep the lowest channels, at the high end the highest.
-            order = sorted(range(group), key=lambda c, part=part: (float(part[c]), c))
+            order = [c for _, c in sorted((float(x), c) for c, x in enumerate(part))]
             outliers = sorted(order[:per_end] + order[group - per_end :])
             rest = part[[c for c in range(group) if c not in set(outliers)]]
             zero = ((rest.max() + rest.min()) / 2).to(store.zero.dtype)
@@ -223,7 +223,7 @@ def attend(
     softcap: float | None = None,
 ) -> Tensor:
     """Attend one sequence at a time over its whole dequantized history; see ``attend_tiled`` for the arguments."""
-    T, Hq, _ = query.shape
+    _, Hq, _ = query.shape
     out = torch.empty_like(query)
     tile = block_size * blocks_per_tile
     for s, start in enumerate(cumulative_lengths(step.lengths)[:-1]):

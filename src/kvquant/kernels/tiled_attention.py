@@ -121,7 +121,7 @@ def attend_tiled(
     Returns:
         [T, Hq, D] in the query's dtype. Source of the merge: Milakov and Gimelshein 2018, online softmax.
     """
-    T, Hq, D = query.shape
+    _, Hq, D = query.shape
     tile = block_size * blocks_per_tile
     plan = _schedule(step.lengths, step.past, tile, window, query.device)
     num_items, query_tile = plan.rows.shape
@@ -174,7 +174,7 @@ def _merge(
 ) -> None:
     """Fold one tile of scores [I, Hq, QT, KT] and values [I, H, KT, D] into the running (max, sum, output)."""
     best, total, output = state
-    I, Hq, QT, KT = scores.shape
+    num_items, Hq, QT, KT = scores.shape
     old = best[items]
     new = torch.maximum(old, scores.amax(-1, keepdim=True))
     # A query that has seen no key yet (a window that starts later) keeps -inf: shift by 0 there, not by -inf.
@@ -183,8 +183,8 @@ def _merge(
     fade = torch.exp(old - shift)
     best[items] = new
     total[items] = total[items] * fade + weights.sum(-1, keepdim=True)
-    product = weights.view(I, H, -1, KT) @ values
-    output[items] = output[items] * fade + product.view(I, Hq, QT, -1)
+    product = weights.view(num_items, H, -1, KT) @ values
+    output[items] = output[items] * fade + product.view(num_items, Hq, QT, -1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

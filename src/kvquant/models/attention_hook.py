@@ -51,7 +51,9 @@ def replaced_attention(model: PreTrainedModel, function: AttentionFunction) -> I
     if id(model) in _installed:
         raise ModelError("this model's attention is replaced already; leave the outer context first")
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def before(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         cos, sin = kwargs["position_embeddings"]
         identity = (torch.ones_like(cos), torch.zeros_like(sin))
         own = {
@@ -134,7 +136,12 @@ def record_keys_and_values(model: PreTrainedModel) -> Iterator[list[tuple[Tensor
         collected.append((keys, values))
         cos, sin = (table[:, None] for table in rope)
         out = nn.functional.scaled_dot_product_attention(
-            rotate(query, cos, sin), rotate(keys, cos, sin), values, is_causal=True, scale=scaling, enable_gqa=True
+            rotate(query, cos, sin),
+            rotate(keys, cos, sin),
+            values,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
         )
         return out.transpose(1, 2)
 

@@ -1,9 +1,9 @@
-"""``with quantized_kv_cache(model, quantizers) as kv:`` a transformers model whose KV cache is our block pool."""
+"""A transformers cache whose keys and values live in our block pools: verbs, allocation, and one forward call."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -18,8 +18,8 @@ from kvquant.block_pool import BlockPool
 from kvquant.errors import DataError, ModelError, PoolExhausted
 from kvquant.kernels import Rope
 from kvquant.measure import Stopwatch
-from kvquant.models.attention_hook import replaced_attention, rotate
-from kvquant.models.loading import ModelShape, model_shape
+from kvquant.models.attention_hook import rotate
+from kvquant.models.loading import ModelShape
 from kvquant.prefill_quant import PrefillQuantizedAttention, blocks_per_tile
 from kvquant.ragged import RaggedStep, cumulative_lengths
 
@@ -34,7 +34,9 @@ class _CountingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is allocated per layer."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Return the new keys and values; the attention function stores them."""
         return key_states, value_states
 
@@ -103,7 +105,11 @@ class QuantizedCache(Cache):
 
     @torch.inference_mode()
     def append(
-        self, prompts: Sequence[Sequence[int] | Tensor], rows: Sequence[int] | None = None, *, logits: str = "last"
+        self,
+        prompts: Sequence[Sequence[int] | Tensor],
+        rows: Sequence[int] | None = None,
+        *,
+        logits: str = "last",
     ) -> Tensor:
         """Run the model over new tokens of several sequences at once, without padding, and keep their K and V.
 
@@ -126,8 +132,12 @@ class QuantizedCache(Cache):
         if rows is None:
             rows = self.rows if self.rows else self.open(len(ids))
         if len(rows) != len(ids):
-            raise DataError(f"one prompt per sequence is needed, got {len(ids)} prompts for {len(rows)} sequences")
-        positions = torch.cat([torch.arange(n, device=device) + self.length(r) for n, r in zip(lengths, rows, strict=True)])
+            raise DataError(
+                f"one prompt per sequence is needed, got {len(ids)} prompts for {len(rows)} sequences"
+            )
+        positions = torch.cat(
+            [torch.arange(n, device=device) + self.length(r) for n, r in zip(lengths, rows, strict=True)]
+        )
         last = torch.tensor(cumulative_lengths(lengths)[1:], device=device) - 1
         self._packed = (list(rows), lengths)
         try:
@@ -184,7 +194,9 @@ class QuantizedCache(Cache):
             keep = max(0, length + max_length) if max_length < 0 else min(length, max_length)
             for pool in self._pools:
                 pool.crop(row, keep)
-        self.num_columns = max(0, self.num_columns + max_length) if max_length < 0 else min(self.num_columns, max_length)
+        self.num_columns = (
+            max(0, self.num_columns + max_length) if max_length < 0 else min(self.num_columns, max_length)
+        )
 
     def length(self, row: int) -> int:
         """Tokens stored for a sequence."""
@@ -398,118 +410,7 @@ class QuantizedCache(Cache):
         base_cos, base_sin = _rotary_tables(rotary, torch.arange(-(-longest // tile), device=device) * tile)
         half = cos.shape[-1] // 2
         factor = float(getattr(rotary, "attention_scaling", 1.0))
-        return Rope(
-            cos[:, :half], sin[:, :half], base_cos[:, :half] / factor, base_sin[:, :half] / factor
-        )
-
-
-class KVHandle:
-    """What :func:`quantized_kv_cache` yields: makes caches for its model."""
-
-    def __init__(
-        self, model: PreTrainedModel, quantizers: Sequence[BatchedKVQuantizer], shape: ModelShape, defaults: dict[str, Any]
-    ) -> None:
-        self.model, self.quantizers, self.shape, self._defaults = model, quantizers, shape, defaults
-
-    def new_cache(self, **settings: Any) -> QuantizedCache:
-        """Preallocate a cache.
-
-        Args:
-            settings: any of ``num_blocks``, ``memory_budget_gib``, ``max_sequences``, ``block_size``,
-                ``prefill_reads``, ``backend``, ``spill_headroom``, ``max_length``. Without a size, the first call
-                allocates for its sequences at the model's full context.
-
-        Raises:
-            PoolExhausted: the size asked for does not fit the memory; says what would.
-        """
-        known = {
-            "block_size": 64,
-            "num_blocks": None,
-            "memory_budget_gib": None,
-            "max_sequences": None,
-            "spill_headroom": 2.0,
-            "prefill_reads": "quantized",
-            "backend": "auto",
-            "max_length": self.shape.max_length,
-        }
-        unknown = set(settings) - set(known)
-        if unknown:
-            raise TypeError(f"new_cache takes {', '.join(known)}, got {', '.join(sorted(unknown))}")
-        return QuantizedCache(self.model, self.quantizers, self.shape, **{**known, **self._defaults, **settings})
-
-
-@contextlib.contextmanager
-def quantized_kv_cache(
-    model: PreTrainedModel, calibration: Any, **defaults: Any
-) -> Iterator[KVHandle]:
-    """Let a model keep its keys and values in quantized blocks while the context lasts.
-
-    Args:
-        model: a supported transformers model; it is left exactly as it was.
-        calibration: one :class:`BatchedKVQuantizer` per layer, or an object with such ``quantizers``.
-        defaults: settings for every :meth:`KVHandle.new_cache`.
-
-    Raises:
-        ModelError: the family is not supported, or the calibration has other layers or heads.
-    """
-    quantizers = getattr(calibration, "quantizers", calibration)
-    shape = model_shape(model)
-    found = [(q.num_kv_heads, q.head_dim) for q in quantizers]
-    if found != [(shape.num_kv_heads, shape.head_dim)] * shape.num_layers:
-        raise ModelError(
-            f"the calibration must be for {shape.num_layers} layers of {shape.num_kv_heads} heads x {shape.head_dim}, "
-            f"got {len(found)} layers of {found[0] if found else 'nothing'}; calibrate this model"
-        )
-    device = next(model.parameters()).device
-    quantizers = [q.to(device) for q in quantizers]
-    decoder: Any = model.get_decoder()
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = _our_cache(kwargs.get("past_key_values"))
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        shape_of = ids if ids is not None else kwargs["inputs_embeds"]
-        cache.begin(shape_of.shape[0], shape_of.shape[1], kwargs.get("attention_mask"), decoder.rotary_emb)
-
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, QuantizedCache):
-            return
-        if output is None:  # the forward call raised
-            cache.abandon()
-        else:
-            cache.finish()
-
-    def attend(
-        module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, *, cache: Any, scaling: float, **kwargs: Any
-    ) -> Tensor:
-        return _our_cache(cache).attend(
-            int(module.layer_idx),  # type: ignore[arg-type]
-            query,
-            keys,
-            values,
-            scaling,
-            kwargs.get("sliding_window"),
-            kwargs.get("softcap"),
-        )
-
-    with replaced_attention(model, attend):
-        handles = [
-            decoder.register_forward_pre_hook(before, with_kwargs=True),
-            decoder.register_forward_hook(after, with_kwargs=True, always_call=True),
-        ]
-        try:
-            yield KVHandle(model, quantizers, shape, defaults)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _our_cache(cache: Any) -> QuantizedCache:
-    if not isinstance(cache, QuantizedCache):
-        raise ModelError(
-            f"past_key_values must be a cache of this context, got {type(cache).__name__}; pass kv.new_cache()"
-        )
-    return cache
+        return Rope(cos[:, :half], sin[:, :half], base_cos[:, :half] / factor, base_sin[:, :half] / factor)
 
 
 def _valid_tokens(batch: int, columns: int, mask: Tensor | None) -> tuple[list[int], Tensor | None]:
@@ -517,7 +418,9 @@ def _valid_tokens(batch: int, columns: int, mask: Tensor | None) -> tuple[list[i
     if mask is None or columns == 1:
         return [columns] * batch, None
     if mask.dim() != 2:
-        raise DataError(f"attention_mask must be [batch, tokens], got {list(mask.shape)}; pass the tokenizer's own mask")
+        raise DataError(
+            f"attention_mask must be [batch, tokens], got {list(mask.shape)}; pass the tokenizer's own mask"
+        )
     valid = mask[:, -columns:].bool()
     lengths = valid.sum(1).tolist()
     if min(lengths) == columns:

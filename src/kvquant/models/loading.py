@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 import kvquant
 from kvquant.errors import ModelError
@@ -88,7 +89,9 @@ def load_model(
     return model.eval()
 
 
-def load_tokenizer(path: str | Path | None = None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str | Path | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a model.
 
     Raises:
@@ -96,19 +99,28 @@ def load_tokenizer(path: str | Path | None = None, *, trust_remote_code: bool = 
     """
     folder = resolve_path(path)
     return _load(
-        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True),
+        lambda: AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        ),
         f"the tokenizer in {folder}",
     )
 
 
 def _load(action: Callable[[], _T], what: str) -> _T:
-    """Run a loader; whatever it raises on broken files becomes one line."""
+    """Run a loader without its own progress bar; whatever it raises on broken files becomes one line."""
+    had_bar = logging.is_progress_bar_enabled()
     try:
+        logging.disable_progress_bar()
         return action()
     # Corrupt files surface as many types: OSError, ValueError, safetensors' and the tokenizer's own exceptions.
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{what} cannot be loaded ({lines[0][:200]}); download or export it again") from error
+        raise ModelError(
+            f"{what} cannot be loaded ({lines[0][:200]}); download or export it again"
+        ) from error
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def model_shape(model: nn.Module) -> ModelShape:

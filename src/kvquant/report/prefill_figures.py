@@ -80,7 +80,9 @@ def _draw_divergence(comparison: LogitComparison, lengths: list[int], path: Path
     flips = 1 - comparison.agrees.numpy()
     with figure(path, 7.0, 2.8, columns=2) as axes:
         for q, style in ((50, "-"), (95, "--")):
-            axes[0].plot(centre, [np.percentile(kl[which == b], q) for b in bins], style, label=f"{q}th percentile")
+            axes[0].plot(
+                centre, [np.percentile(kl[which == b], q) for b in bins], style, label=f"{q}th percentile"
+            )
         axes[0].plot(centre, [kl[which == b].mean() for b in bins], color=COLOURS["outliers"], label="mean")
         axes[0].set_yscale("log")
         axes[0].set_ylabel("KL from the exact cache, nats")

@@ -63,6 +63,8 @@ def write_card(model_dir: Path, training: dict[str, Any], measured: dict[str, An
     measured (dict): what `evaluate` returned.
     """
     curve = loss_curve(losses_csv)
+    names = ", ".join(Path(path).name for path in training["settings"]["text_paths"])
+    note = training["settings"]["text_note"] or names or "nothing else"
     settings = {key: value for key, value in training["settings"].items() if key not in _LOCAL_SETTINGS}
     training = {**{k: v for k, v in training.items() if k != "model_dir"}, "settings": settings}
     aside = model_dir / "training.json.tmp"
@@ -99,6 +101,8 @@ def write_card(model_dir: Path, training: dict[str, Any], measured: dict[str, An
         tokens=training["tokens_seen"],
         steps=training["steps"],
         minutes=training["train_s"] / 60,
+        device=training["device"],
+        note=note,
         optimizer=settings["optimizer"],
         schedule=settings["schedule"],
         stdlib_share=100 * settings["stdlib_share"],
@@ -191,10 +195,9 @@ instrument, not an assistant: it predicts English prose and Python sources and f
 
 ## Training
 
-By this project's own `task=train`: {tokens:,} tokens in {steps:,} steps and {minutes:.0f} minutes of two CPU cores
+By this project's own `task=train`: {tokens:,} tokens in {steps:,} steps and {minutes:.0f} minutes on {device}
 (optimizer {optimizer}, schedule {schedule}, bf16 arithmetic on fp32 weights). Text: the train split of Python's own standard
-library, {stdlib_share:.0f}% of the text tokens (PSF licence, see python.org/psf-license), and 150 English books published by 1927
-(public domain, from mlschmitt/classic-books-markdown). Held-out files were never trained on. The curriculum, by share of
+library, {stdlib_share:.0f}% of the text tokens (PSF licence, see python.org/psf-license), and {note}. Held-out files were never trained on. The curriculum, by share of
 the training time; what is neither copying nor retrieval is plain text:
 
 | until | sequence length | copying | retrieval in text |

@@ -79,7 +79,8 @@ def _compare(
     bench: Workbench, variants: dict[str, Calibration], prompts: list[Tensor]
 ) -> tuple[LogitComparison, dict[str, Any]]:
     """Next-token distributions at every prompt position, and the bytes each cache holds for them."""
-    logits, memory = {}, {}
+    logits: dict[str, Tensor] = {}
+    memory: dict[str, Any] = {}
     tokens = sum(len(p) for p in prompts)
     elements = 2 * tokens * bench.shape.num_layers * bench.shape.num_kv_heads * bench.shape.head_dim
     for name, calibration in variants.items():
@@ -99,7 +100,9 @@ def _compare(
     has_next = torch.ones(tokens, dtype=torch.bool)
     has_next[torch.tensor([len(p) for p in prompts]).cumsum(0) - 1] = False
     if not bool(has_next.any()):
-        raise DataError("prompts must hold at least 2 tokens to compare predictions, got 1 each; raise their length")
+        raise DataError(
+            "prompts must hold at least 2 tokens to compare predictions, got 1 each; raise their length"
+        )
     device = logits[EXACT].device
     rows = has_next.nonzero().flatten().to(device)
     targets = torch.cat(prompts).to(device)[rows + 1]
@@ -113,7 +116,9 @@ def _parts(cache: QuantizedCache) -> dict[str, int]:
         layout, used = pool.layout, pool.blocks_in_use
         for name, (shape, dtype) in layout.block_shapes().items():
             kind = _kind(name)
-            parts[kind] = parts.get(kind, 0) + used * layout.num_layers * torch.Size(shape).numel() * dtype.itemsize
+            parts[kind] = (
+                parts.get(kind, 0) + used * layout.num_layers * torch.Size(shape).numel() * dtype.itemsize
+            )
     parts["tables and spill chunks"] = cache.bytes_held - sum(parts.values())
     return parts
 
@@ -121,7 +126,9 @@ def _parts(cache: QuantizedCache) -> dict[str, int]:
 def _kind(name: str) -> str:
     if "outlier" in name or "spill" in name:
         return "outliers"
-    return "ranges" if name in ("value_zero", "value_scale") else "codes" if name.endswith("codes") else "exact"
+    return (
+        "ranges" if name in ("value_zero", "value_scale") else "codes" if name.endswith("codes") else "exact"
+    )
 
 
 def _capacity(bench: Workbench, variants: dict[str, Calibration], lengths: list[int]) -> dict[str, Any]:
@@ -151,8 +158,14 @@ def _measure_times(
     """Time to first token and decode speed, variants taking turns so that drift hits both alike."""
     meter = context.meter  # opened before the clock starts
     timings: dict[str, list[_Timing]] = {name: [] for name in variants}
-    order = [name for r in range(bench.cfg.task.repeats) for name in (variants if r % 2 == 0 else reversed(variants))]
-    for name in progress(context.console)([*variants, *order], "prefill and decode", len(order) + len(variants)):
+    order = [
+        name
+        for r in range(bench.cfg.task.repeats)
+        for name in (variants if r % 2 == 0 else reversed(variants))
+    ]
+    for name in progress(context.console)(
+        [*variants, *order], "prefill and decode", len(order) + len(variants)
+    ):
         with quantized_kv_cache(bench.model, variants[name]) as kv:
             timings[name].append(_one_pass(bench, new_cache(bench, kv, prompts), prompts, meter))
     for name in variants:
@@ -166,10 +179,16 @@ def _measure_times(
         out["prefill"][f"tokens_per_s_{name}"] = tokens / out["prefill"][f"ttft_s_{name}"]
         if decoded:
             out["decode"][f"tokens_per_s_{name}"] = decoded / statistics.median(t.decode_s for t in runs)
-            out["decode"][f"append_s_per_token_{name}"] = statistics.median(t.append_s for t in runs) / decoded
-        out["energy"][name] = _energy([t.prefill_energy for t in runs], [t.decode_energy for t in runs], tokens, decoded)
+            out["decode"][f"append_s_per_token_{name}"] = (
+                statistics.median(t.append_s for t in runs) / decoded
+            )
+        out["energy"][name] = _energy(
+            [t.prefill_energy for t in runs], [t.decode_energy for t in runs], tokens, decoded
+        )
     pairs = zip(timings[QUANTIZED], timings[EXACT], strict=True)
-    out["prefill"]["ttft_overhead_percent"] = statistics.median(100 * (q.ttft_s / e.ttft_s - 1) for q, e in pairs)
+    out["prefill"]["ttft_overhead_percent"] = statistics.median(
+        100 * (q.ttft_s / e.ttft_s - 1) for q, e in pairs
+    )
     store = out["prefill"][f"store_s_{QUANTIZED}"]
     out["prefill"]["store_percent_of_exact_ttft"] = 100 * store / out["prefill"][f"ttft_s_{EXACT}"]
     return out
@@ -200,7 +219,10 @@ def _energy(
     prefill: list[dict[str, Any]], decode: list[dict[str, Any]], tokens: int, decoded: int
 ) -> dict[str, Any]:
     """Medians over repeats, with the meter's name and kind."""
-    out = {k: prefill[0][k] for k in ("energy_kind", "energy_source", "carbon_intensity_g_per_kwh", "carbon_source")}
+    out = {
+        k: prefill[0][k]
+        for k in ("energy_kind", "energy_source", "carbon_intensity_g_per_kwh", "carbon_source")
+    }
     for phase, windows, count in (("prefill", prefill, tokens), ("decode", decode, decoded)):
         joules = [w["energy_j"] for w in windows]
         if count and all(j is not None for j in joules):

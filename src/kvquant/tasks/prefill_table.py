@@ -83,7 +83,12 @@ def _time(metrics: dict[str, Any]) -> list[Row]:
     if decode:
         exact, quantized = decode["tokens_per_s_exact"], decode["tokens_per_s_quantized"]
         rows += [
-            ["decode, tokens/s", f"{exact:.1f}", f"{quantized:.1f}", f"{100 * (quantized / exact - 1):+.1f}%"],
+            [
+                "decode, tokens/s",
+                f"{exact:.1f}",
+                f"{quantized:.1f}",
+                f"{100 * (quantized / exact - 1):+.1f}%",
+            ],
             [
                 "append to the cache, per token",
                 f"{1e6 * decode['append_s_per_token_exact']:.0f} us",

@@ -20,7 +20,9 @@ from kvquant.models import ModelShape, load_model, load_tokenizer, model_shape
 from kvquant.models.loading import model_fingerprint
 from kvquant.spec import QuantSpec
 
-DEFAULT_SEQUENCE_LENGTH = 512  # of calibration: many short sequences see more kinds of text than few long ones
+DEFAULT_SEQUENCE_LENGTH = (
+    512  # of calibration: many short sequences see more kinds of text than few long ones
+)
 
 
 @dataclasses.dataclass

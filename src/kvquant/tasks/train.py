@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 
 from kvquant.data.curriculum import KIND_NAMES, UNKNOWABLE, Batch, Curriculum, Stage
 from kvquant.tasks.model_card import evaluate, write_card
+from kvquant.tasks.run_task import device_name
 from kvquant.tasks.train_setup import build_model, build_optimizers, export_model, learning_rate_factor
 from kvquant.tasks.train_state import LossLog, TrainState, load_checkpoint, save_checkpoint
 from kvquant.tasks.train_text import load_text, load_tokenizer
@@ -41,6 +42,7 @@ def run(cfg: Any, context: Any) -> None:
     with context.console.status("measuring perplexity and pass keys"):
         measured = evaluate(model_dir, dict(task.heldout_texts), task.heldout_tokens)
     training["settings"] = OmegaConf.to_container(task, resolve=True)
+    training["device"] = f"{device_name(context.device)}, {torch.get_num_threads()} threads"
     write_card(model_dir, training, measured, work_dir / "losses.csv")
     record = context.record
     record.metrics.update({key: value for key, value in training.items() if key != "settings"})

@@ -1,0 +1,136 @@
+"""``with quantized_kv_cache(model, calibration) as kv:`` a model that keeps its keys and values in our blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvquant.batched_quant import BatchedKVQuantizer
+from kvquant.errors import ModelError
+from kvquant.models.attention_hook import replaced_attention
+from kvquant.models.cache import QuantizedCache
+from kvquant.models.loading import ModelShape, model_shape
+
+
+class KVHandle:
+    """What :func:`quantized_kv_cache` yields: makes caches for its model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        quantizers: Sequence[BatchedKVQuantizer],
+        shape: ModelShape,
+        defaults: dict[str, Any],
+    ) -> None:
+        self.model, self.quantizers, self.shape, self._defaults = model, quantizers, shape, defaults
+
+    def new_cache(self, **settings: Any) -> QuantizedCache:
+        """Preallocate a cache.
+
+        Args:
+            settings: any of ``num_blocks``, ``memory_budget_gib``, ``max_sequences``, ``block_size``,
+                ``prefill_reads``, ``backend``, ``spill_headroom``, ``max_length``. Without a size, the first call
+                allocates for its sequences at the model's full context.
+
+        Raises:
+            PoolExhausted: the size asked for does not fit the memory; says what would.
+        """
+        known = {
+            "block_size": 64,
+            "num_blocks": None,
+            "memory_budget_gib": None,
+            "max_sequences": None,
+            "spill_headroom": 2.0,
+            "prefill_reads": "quantized",
+            "backend": "auto",
+            "max_length": self.shape.max_length,
+        }
+        unknown = set(settings) - set(known)
+        if unknown:
+            raise TypeError(f"new_cache takes {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        return QuantizedCache(
+            self.model, self.quantizers, self.shape, **{**known, **self._defaults, **settings}
+        )
+
+
+@contextlib.contextmanager
+def quantized_kv_cache(model: PreTrainedModel, calibration: Any, **defaults: Any) -> Iterator[KVHandle]:
+    """Let a model keep its keys and values in quantized blocks while the context lasts.
+
+    Args:
+        model: a supported transformers model; it is left exactly as it was.
+        calibration: one :class:`BatchedKVQuantizer` per layer, or an object with such ``quantizers``.
+        defaults: settings for every :meth:`KVHandle.new_cache`.
+
+    Raises:
+        ModelError: the family is not supported, or the calibration has other layers or heads.
+    """
+    quantizers = getattr(calibration, "quantizers", calibration)
+    shape = model_shape(model)
+    found = [(q.num_kv_heads, q.head_dim) for q in quantizers]
+    if found != [(shape.num_kv_heads, shape.head_dim)] * shape.num_layers:
+        raise ModelError(
+            f"the calibration must be for {shape.num_layers} layers of {shape.num_kv_heads} heads x {shape.head_dim}, "
+            f"got {len(found)} layers of {found[0] if found else 'nothing'}; calibrate this model"
+        )
+    device = next(model.parameters()).device
+    quantizers = [q.to(device) for q in quantizers]
+    decoder: Any = model.get_decoder()
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = _our_cache(kwargs.get("past_key_values"))
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        shape_of = ids if ids is not None else kwargs["inputs_embeds"]
+        cache.begin(shape_of.shape[0], shape_of.shape[1], kwargs.get("attention_mask"), decoder.rotary_emb)
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, QuantizedCache):
+            return
+        if output is None:  # the forward call raised
+            cache.abandon()
+        else:
+            cache.finish()
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        cache: Any,
+        scaling: float,
+        **kwargs: Any,
+    ) -> Tensor:
+        return _our_cache(cache).attend(
+            int(module.layer_idx),  # type: ignore[arg-type]
+            query,
+            keys,
+            values,
+            scaling,
+            kwargs.get("sliding_window"),
+            kwargs.get("softcap"),
+        )
+
+    with replaced_attention(model, attend):
+        handles = [
+            decoder.register_forward_pre_hook(before, with_kwargs=True),
+            decoder.register_forward_hook(after, with_kwargs=True, always_call=True),
+        ]
+        try:
+            yield KVHandle(model, quantizers, shape, defaults)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _our_cache(cache: Any) -> QuantizedCache:
+    if not isinstance(cache, QuantizedCache):
+        raise ModelError(
+            f"past_key_values must be a cache of this context, got {type(cache).__name__}; pass kv.new_cache()"
+        )
+    return cache
