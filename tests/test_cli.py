@@ -309,9 +309,13 @@ def test_tracking_never_fails_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_wandb_writes_locally_without_a_word(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
     from kvquant.tracking import WandbTracker, open_tracker
 
     settings = {"name": "wandb", "mode": "offline", "project": "p", "entity": None, "group": None}
@@ -319,6 +323,7 @@ def test_wandb_writes_locally_without_a_word(
     assert isinstance(tracker, WandbTracker)
     tracker.log({"decode": {"tokens_per_s": 1.0}}, step=1)
     tracker.finish({"ttft_s": 0.5}, "ok")
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false", "offline sends nothing"
     assert list(tmp_path.rglob("*.wandb"))
     assert not caplog.records
     assert capfd.readouterr().err == ""

@@ -266,17 +266,21 @@ def _check_text_and_memory(model: PreTrainedModel, text: CalibrationText) -> Non
 @contextlib.contextmanager
 def _only_one(path: Path, timeout_s: float) -> Iterator[None]:
     """Hold the lock of a file that is about to be made."""
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout_s)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout_s):
-            yield
+        lock.acquire()
     except filelock.Timeout as error:
         raise CalibrationError(
             f"another process has been making {path.name} for {timeout_s:.0f} s; wait for it or raise "
             "calibration.lock_timeout_s"
         ) from error
-    except PermissionError as error:
+    except OSError as error:
         raise CalibrationError(_unwritable(path, error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _layer_file(layer: int) -> str:

@@ -93,7 +93,7 @@ def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
         num_codes (int): D, the codes in a row.
 
     Returns:
-        Tensor: codes, [..., D], uint8, contiguous.
+        Tensor: codes, [..., D], uint8; contiguous, or with the last two dimensions swapped in memory if `packed` is.
 
     Raises:
         ValueError: `bits` is outside 1-8, packed is not uint8, or its rows are not `packed_row_bytes(D, bits)` long.
@@ -106,7 +106,11 @@ def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
             f"packed rows of {num_codes} codes at {bits} bits must be {row_bytes} bytes long, "
             f"got {packed.shape[-1]}; pass the num_codes and bits that were packed"
         )
-    codes = packed.new_empty((*packed.shape[:-1], num_codes))
+    if packed.dim() > 1 and packed.stride(-2) == 1 < packed.stride(-1):
+        # Channel-major rows stay so: runs of a row are short, runs of a channel over many rows vectorise.
+        codes = packed.new_empty((*packed.shape[:-2], num_codes, packed.shape[-2])).transpose(-1, -2)
+    else:
+        codes = packed.new_empty((*packed.shape[:-1], num_codes))
 
     start = code_shift = 0
     for width in widths:

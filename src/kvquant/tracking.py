@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,10 @@ class WandbTracker:
     """
 
     def __init__(self, settings: Mapping[str, Any], *, run_dir: Path, config: Mapping[str, Any]) -> None:
+        # Offline means that nothing is sent, wandb's own error reports included; on a node without internet their
+        # retries would also hold up the end of the run.
+        if settings["mode"] != "online":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self._run = wandb.init(

@@ -28,6 +28,7 @@ class _Step(NamedTuple):
     sequences: Tensor  # [S] indices into the batch
     items: Tensor  # [I] indices of work items
     item_sequence: Tensor  # [I] index into ``sequences``
+    has_unwritten: bool  # whether some sequence ends inside the tile
 
 
 class _Schedule(NamedTuple):
@@ -74,6 +75,7 @@ def _schedule(
             torch.tensor(present).to(device),
             torch.tensor(active).to(device),
             torch.tensor([where[items[i][0]] for i in active]).to(device),
+            min(past[s] + lengths[s] for s in present) <= hi,
         )
         steps.append((k, step))
     return _Schedule(
@@ -136,9 +138,10 @@ def attend_tiled(
             _overlay_sinks(keys, values, sinks, active.sequences, k * tile)
         if exact is not None:
             _overlay_exact(keys, values, exact, plan, active.sequences, position)
-        stored = position < plan.kv_lengths[active.sequences][:, None]  # [S, KT]
-        # A weight of zero does not silence a NaN that a failed call left in a slot never committed.
-        values.masked_fill_(~stored[:, None, :, None], 0.0)
+        if active.has_unwritten:
+            # A weight of zero does not silence a NaN that a failed call left in a slot never committed.
+            unwritten = position >= plan.kv_lengths[active.sequences][:, None]  # [S, KT]
+            values.masked_fill_(unwritten[:, None, :, None], 0.0)
         turned = queries
         if rope is not None:
             keys = _rotate(keys, rope.offset_cos[:tokens], rope.offset_sin[:tokens])
@@ -190,9 +193,14 @@ def _merge(
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first R channels of [..., D] by half-split tables broadcast over [..., R/2] (Su et al. 2021)."""
     half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([*parts, rest] if rest.shape[-1] else parts, dim=-1)
+    if cos.dim() > 1 and x.stride(-2) == 1:
+        cos, sin = (table.t().contiguous().t() for table in (cos, sin))  # channel-major like the tile
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out = torch.empty_like(x)  # keeps the memory order of a channel-major tile, which cat would not
+    torch.mul(first, cos, out=out[..., :half]).sub_(second * sin)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).add_(first * sin)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out
 
 
 def _overlay_sinks(

@@ -84,7 +84,8 @@ def _draw_divergence(comparison: LogitComparison, lengths: list[int], path: Path
                 centre, [np.percentile(kl[which == b], q) for b in bins], style, label=f"{q}th percentile"
             )
         axes[0].plot(centre, [kl[which == b].mean() for b in bins], color=COLOURS["outliers"], label="mean")
-        axes[0].set_yscale("log")
+        if kl.max() > 0:
+            axes[0].set_yscale("log")
         axes[0].set_ylabel("KL from the exact cache, nats")
         axes[0].legend(fontsize=8, frameon=False)
         axes[1].plot(centre, [100 * flips[which == b].mean() for b in bins], "o-", color=COLOURS["outliers"])

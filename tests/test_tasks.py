@@ -1,0 +1,148 @@
+"""Each task from its command line to its result.json, on the shipped model and as little text as works."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from rich.console import Console
+
+from kvquant.cli import conf_dir
+from kvquant.config import register_schemas
+from kvquant.errors import CalibrationError, DataError
+from kvquant.results import load_result
+from kvquant.tasks import run_task
+
+
+@pytest.fixture(scope="module")
+def calibration_dir(tmp_path_factory) -> Path:
+    """One folder for the module: what one test calibrates the next finds."""
+    return tmp_path_factory.mktemp("calibration")
+
+
+@pytest.fixture
+def configure(calibration_dir):
+    def composed(*overrides: str) -> DictConfig:
+        register_schemas()
+        always = [
+            "experiment=smoke",
+            "device=cpu",
+            "energy.meter=constant",
+            f"calibration.dir={calibration_dir}",
+        ]
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("config", overrides=[*always, *overrides])
+
+    return composed
+
+
+@pytest.fixture
+def run(configure, tmp_path):
+    def execute(*overrides: str) -> dict:
+        run_task.execute(configure(*overrides), run_dir=tmp_path, console=Console(quiet=True))
+        return load_result(tmp_path)
+
+    return execute
+
+
+def test_prefill_reports_quality_memory_time_and_energy(run, tmp_path) -> None:
+    result = run("batch.num_prompts=3", "task.repeats=1")
+    metrics = result["metrics"]
+    assert result["status"] == "ok"
+    assert metrics["batch"]["prompts"] == 3
+    exact, quantized = metrics["memory"]["exact"], metrics["memory"]["quantized"]
+    assert quantized["effective_bits"] < exact["effective_bits"] / 2
+    assert sum(quantized["parts_bytes"].values()) == quantized["held_bytes"]
+    assert 0.002 < quantized["key_outlier_fraction"] < 0.05
+    assert metrics["quality"]["kl_mean"] > 0
+    assert metrics["quality"]["perplexity_exact"] > 1
+    assert metrics["capacity"]["sequences_quantized"] > metrics["capacity"]["sequences_exact"]
+    assert metrics["energy"]["quantized"]["energy_kind"] == "estimated"
+    assert len(result["provenance"]["model_hash"]) == len(result["provenance"]["data_hash"]) == 64
+    assert {"bytes.png", "times.png", "divergence.png"} == set(result["figures"])
+    assert all((tmp_path / name).stat().st_size > 5000 for name in result["figures"])
+
+
+def test_prefill_with_exact_reads_does_not_claim_quality(run) -> None:
+    quality = run("cache.prefill_reads=exact", "batch.num_prompts=2", "task.repeats=1")["metrics"]["quality"]
+    assert quality == {"skipped": "cache.prefill_reads=exact"}
+
+
+def test_prefill_without_quantization_changes_nothing(run) -> None:
+    metrics = run("quant=none", "batch.num_prompts=2", "task.repeats=1")["metrics"]
+    assert metrics["quality"]["kl_mean"] == 0
+    assert metrics["quality"]["top1_agreement"] == 1
+    assert metrics["memory"]["exact"]["held_bytes"] == metrics["memory"]["quantized"]["held_bytes"]
+
+
+def test_calibrate_finds_what_it_made(run) -> None:
+    assert run("task=calibrate", "quant.bits=5")["metrics"]["found_on_disk"] is False
+    assert run("task=calibrate", "quant.bits=5")["metrics"]["found_on_disk"] is True
+    assert run("task=calibrate", "quant.bits=5", "task.overwrite=true")["metrics"]["found_on_disk"] is False
+
+
+def test_perplexity_keeps_sums_per_window(run, tmp_path) -> None:
+    metrics = run("task=perplexity", "task.max_tokens=300", "task.window=100")["metrics"]
+    windows = json.loads((tmp_path / "windows.json").read_text())
+    assert len(windows) == metrics["windows"] == 3
+    assert sum(w["n_tokens"] for w in windows) == metrics["compared_tokens"] == 297
+
+
+def test_overlapping_windows_predict_every_token_once(run) -> None:
+    metrics = run("task=perplexity", "task.max_tokens=250", "task.window=100", "task.stride=40")["metrics"]
+    assert metrics["compared_tokens"] == 249
+
+
+def test_perplexity_rises_as_bits_fall(run) -> None:
+    excess = [
+        run(
+            "task=perplexity",
+            "task.max_tokens=2048",
+            "task.window=1024",
+            f"quant.bits={bits}",
+            "data.calibration_tokens=4096",
+        )["metrics"]["perplexity_quantized"]
+        for bits in (4, 3, 2)
+    ]
+    assert excess == sorted(excess)
+
+
+def test_generate_compares_two_continuations(run) -> None:
+    metrics = run("task=generate", "task.max_new_tokens=6", "task.prompt='import os'")["metrics"]
+    assert len(metrics["tokens"]["exact"]) == len(metrics["tokens"]["quantized"]) == 6
+    assert 0 <= metrics["equal_tokens"] <= 6
+
+
+def test_generate_refuses_what_does_not_fit(run, tmp_path) -> None:
+    with pytest.raises(DataError, match="shorten"):
+        run("task=generate", "task.max_new_tokens=3000")
+    assert load_result(tmp_path)["status"] == "failed"
+
+
+def test_allocation_measures_every_way_at_every_length(run) -> None:
+    result = run(
+        "task=allocation", "task.lengths=[64,256]", "task.repeats=2", "task.channels=128", "task.head_dim=64"
+    )
+    assert set(result["metrics"]["append_s"]["cat_fp16"]) == {"64", "256"}
+    assert result["figures"] == ["append.png"]
+
+
+def test_a_pool_that_is_too_small_is_out_of_memory_in_the_result(run, tmp_path) -> None:
+    with pytest.raises(Exception, match=r"missing.*cache.num_blocks"):
+        run("cache.num_blocks=2", "batch.num_prompts=4")
+    assert load_result(tmp_path)["status"] == "out_of_memory"
+
+
+def test_prompts_beyond_the_context_are_refused(run) -> None:
+    with pytest.raises(DataError, match=r"context of 2048, got 2040 \+ 64"):
+        run("batch=uniform", "batch.prompt_tokens=2040", "batch.decode_tokens=64")
+
+
+def test_a_calibration_folder_that_cannot_be_made_is_one_line(run, tmp_path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CalibrationError, match="calibration.dir") as caught:
+        run(f"calibration.dir={tmp_path / 'file' / 'below'}")
+    assert "\n" not in str(caught.value)
