@@ -130,6 +130,11 @@ def test_allocation_measures_every_way_at_every_length(run) -> None:
     assert result["figures"] == ["append.png"]
 
 
+def test_quantize_measures_both_ways(run) -> None:
+    metrics = run("task=quantize", "task.tokens=70", "task.channels=128", "task.repeats=1")["metrics"]
+    assert metrics["speedup"] > 0 and metrics["keys_blocks_s"] > 0
+
+
 def test_a_pool_that_is_too_small_is_out_of_memory_in_the_result(run, tmp_path) -> None:
     with pytest.raises(Exception, match=r"missing.*cache.num_blocks"):
         run("cache.num_blocks=2", "batch.num_prompts=4")

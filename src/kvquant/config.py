@@ -317,6 +317,24 @@ class TrainTask(TaskConfig):
             )
 
 
+@dataclass
+class QuantizeTask(TaskConfig):
+    """Speed of quantizing a prompt's keys and values into blocks, against the published way."""
+
+    name: str = "quantize"
+    tokens: int = 2048
+    channels: int = 4096
+    repeats: int = 5
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """Channels are whole heads of 128."""
+        require(task.tokens >= 1, "task.tokens", "1 or more", task.tokens, "2048")
+        whole_heads = task.channels >= 128 and task.channels % 128 == 0
+        require(whole_heads, "task.channels", "a multiple of 128", task.channels, "4096")
+        require(task.repeats >= 1, "task.repeats", "1 or more", task.repeats, "5")
+
+
 # --- Further tasks go here: a dataclass <Name>Task(TaskConfig) with `name: str = "<name>"` and, for its ranges, a
 # --- `check`; beside it conf/task/<name>.yaml starting with `defaults: [_<name>, _self_]`. Nothing else needs to
 # --- change: every subclass of TaskConfig is registered below.

@@ -178,6 +178,8 @@ def _check_task(cfg: Any) -> None:
     tasks = {task.name: task for task in TaskConfig.__subclasses__()}
     _one_of("task.name", cfg.task.name, tuple(tasks))
     tasks[cfg.task.name].check(cfg.task)
+    if cfg.task.name == "quantize" and cfg.quant.method == "none":
+        raise ConfigError("quant.method must quantize with task=quantize, got none; try quant=nuq")
     if cfg.task.name in QUALITY_TASKS and cfg.cache.prefill_reads == "exact":
         raise ConfigError(
             f"cache.prefill_reads must be quantized with task={cfg.task.name}, got exact, which would show no "

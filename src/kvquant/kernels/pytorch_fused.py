@@ -226,12 +226,17 @@ def write_values(
         store.codes[block, :, slot] = pack(codes, bits)
         store.zero[block, slot] = zero.view(-1, VG)
         store.scale[block, slot] = scale.view(-1, VG)
+        # What a sink token leaves here is never read, whether it fits or not.
+        exempt = None if skip is None else skip[rows].repeat_interleave(VG)
         if per_end:
             kept = x.gather(1, index.long()).to(side)
             channel = index.view(-1, VG, 2 * per_end) + group_base
             store.outlier_index[block, slot] = channel.reshape(-1, VG * 2 * per_end).to(torch.int16)
             store.outlier_value[block, slot] = kept.view(-1, VG * 2 * per_end)
-            _flag_overflow(kept.flatten(), channel.flatten(), ERROR_VALUE_NOT_FINITE, error)
+            checked = kept if exempt is None else kept.masked_fill(exempt[:, None], 0)
+            _flag_overflow(checked.flatten(), channel.flatten(), ERROR_VALUE_NOT_FINITE, error)
+        else:
+            _flag_range_overflow(x, zero, scale, exempt, error, VG)
 
 
 def read_exact(store: ExactStore, block_ids: Tensor) -> Tensor:
@@ -341,6 +346,18 @@ def _flag_overflow(stored: Tensor, channel: Tensor, kind: int, error: Tensor) ->
     """An outlier that was finite in the model's dtype may not fit the 16-bit storage."""
     bad = ~torch.isfinite(stored)
     _set_error_if(error, bad.any(), kind, channel[bad.to(torch.uint8).argmax()])
+
+
+def _flag_range_overflow(
+    x: Tensor, zero: Tensor, scale: Tensor, exempt: Tensor | None, error: Tensor, VG: int
+) -> None:
+    """Without outliers a value's range must fit the 16-bit storage (with them, an outlier overflows first)."""
+    bad = ~torch.isfinite(torch.maximum(zero.abs(), scale))
+    if exempt is not None:
+        bad &= ~exempt
+    row = bad.to(torch.uint8).argmax()
+    channel = row % VG * x.shape[1] + x[row].abs().argmax()
+    _set_error_if(error, bad.any(), ERROR_VALUE_NOT_FINITE, channel)
 
 
 def _set_error_if(error: Tensor, condition: Tensor, kind: int, channel: Tensor) -> None:

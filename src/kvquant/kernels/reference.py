@@ -118,6 +118,7 @@ def write_values(
     per_end = store.outlier_index.shape[-1] // VG // 2
     for t in range(T):
         block, slot = int(slot_block[t]), int(slot_offset[t])
+        is_sink = skip is not None and bool(skip[t])
         x = values[t].float().flatten()
         _check_finite(x, ERROR_VALUE_NOT_FINITE, error)
         codes = torch.zeros(C, dtype=torch.uint8)
@@ -134,13 +135,16 @@ def write_values(
             own[outliers] = 0
             codes[g * group : (g + 1) * group] = own
             store.zero[block, slot, g], store.scale[block, slot, g] = zero, scale
+            if not per_end and not is_sink and not bool(torch.isfinite(torch.stack([zero, scale])).all()):
+                _set_error(error, ERROR_VALUE_NOT_FINITE, g * group + int(part.abs().argmax()))
             for k, c in enumerate(outliers):
                 at, channel = g * 2 * per_end + k, g * group + c
                 kept = part[c].to(store.outlier_value.dtype)
-                _check_finite(kept, ERROR_VALUE_NOT_FINITE, error, channel)
+                if not is_sink:
+                    _check_finite(kept, ERROR_VALUE_NOT_FINITE, error, channel)
                 store.outlier_index[block, slot, at] = channel - 65536 if channel > 32767 else channel
                 store.outlier_value[block, slot, at] = kept
-        if skip is not None and bool(skip[t]):
+        if is_sink:
             codes[:] = 0
         store.codes[block, :, slot] = pack(codes.view(H, D), bits)
 
