@@ -114,7 +114,7 @@ def snapshot(pool):
         "chains": [[chains(pool, layer, b) for b in held_blocks(pool)] for layer in range(LAYERS)],
         "bytes": (pool.bytes_held, pool.bytes_free),
         "content": [
-            [x.tolist() for x in content(pool, layer, row)]
+            [x.numpy().tobytes() for x in content(pool, layer, row)]
             for layer in range(LAYERS)
             for row in pool.sequences
         ],
@@ -161,9 +161,9 @@ class PoolMachine(RuleBasedStateMachine):
             - self.pool.layout.blocks_for(len(self.tokens[row]))
             for row, n in zip(rows, lengths, strict=True)
         )
-        free = NUM_BLOCKS - len(held_blocks(self.pool))
+        before = self.settled()
+        free = len(before["free blocks"])
         if needed > free:
-            before = self.settled()
             with pytest.raises(PoolExhausted, match=rf"\({needed - free} missing\)"):
                 self.pool.reserve(rows, lengths)
             assert snapshot(self.pool) == before

@@ -257,6 +257,13 @@ class TestContext:
             ):
                 pass
 
+    def test_a_cache_does_not_outlive_its_context(self, small) -> None:
+        with quantized_kv_cache(small, exact(small)) as kv:
+            cache = kv.new_cache()
+            cache.append(prompts_of([5]))
+        with pytest.raises(ModelError, match="enter the context again"):
+            cache.append(prompts_of([1]))
+
     def test_two_models_at_once(self, small) -> None:
         other = copy.deepcopy(small)
         prompt = prompts_of([30])

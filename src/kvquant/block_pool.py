@@ -2,13 +2,15 @@
 
 A block id is one slot of ``block_size`` tokens in every layer of the group. Ids are handed out on the host from the
 sequences' lengths before anything is written, so running out raises first and changes nothing; the device only ever
-sees block tables. The pool never reallocates and never copies what it holds (a fork copies one open block).
+sees block tables. The pool never reallocates and never copies what it holds (a fork copies one open block). A call left
+pending by an exception is rolled back by whichever verb comes next.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import heapq
 from collections.abc import Sequence
 
 import torch
@@ -97,7 +99,8 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._blocks: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
-        self._free_rows = collections.deque(range(max_sequences))
+        # A heap: pools that open and close the same sequences hand out the same rows, failed forks or not.
+        self._free_rows = list(range(max_sequences))
         self._pending: _Reservation | None = None
         self.layers = [self._layer(index) for index in range(L)]
 
@@ -137,11 +140,12 @@ class BlockPool:
         Raises:
             PoolExhausted: all rows are taken.
         """
+        self.rollback()
         if not self._free_rows:
             raise PoolExhausted(
                 f"the pool holds at most {self.max_sequences} sequences and all are in use; free one or raise max_sequences"
             )
-        row = self._free_rows.popleft()
+        row = heapq.heappop(self._free_rows)
         self._blocks[row], self._lengths[row] = [], 0
         return row
 
@@ -165,9 +169,10 @@ class BlockPool:
 
     def free(self, row: int) -> None:
         """Close a sequence and give back the blocks that no other sequence shares."""
+        self.rollback()
         self._release(self._blocks.pop(row))
         del self._lengths[row]
-        self._free_rows.append(row)
+        heapq.heappush(self._free_rows, row)
 
     def fork(self, row: int) -> int:
         """Open a sequence that shares the full blocks of ``row`` and copies its open one; returns the new row.
@@ -175,13 +180,11 @@ class BlockPool:
         Raises:
             PoolExhausted: no block (or spill chunk, or row) is left for the copy; nothing has changed.
         """
-        shared = self._lengths[row] // self.layout.block_size
-        has_tail = self._lengths[row] % self.layout.block_size > 0
-        if has_tail and not self._free_blocks:
-            raise PoolExhausted(_exhausted(1, 0, self.num_blocks))
+        self.rollback()
+        shared, inside = divmod(self._lengths[row], self.layout.block_size)
         new = self.add_sequence()
         blocks = self._blocks[row][:shared]
-        if has_tail:
+        if inside:
             try:
                 blocks.append(self._copy_block(self._blocks[row][shared]))
             except PoolExhausted:
@@ -206,6 +209,7 @@ class BlockPool:
             raise ValueError(
                 f"crop length must be 0 to {self._lengths[row]} (the sequence's tokens), got {length}"
             )
+        self.rollback()
         keep, inside = self.layout.blocks_for(length), length % self.layout.block_size
         blocks = self._blocks[row]
         if inside and self._references[blocks[keep - 1]] > 1:
@@ -222,8 +226,6 @@ class BlockPool:
 
     def reserve(self, rows: Sequence[int], lengths: Sequence[int]) -> RaggedStep:
         """Set blocks aside for new tokens of some sequences and say where each token goes.
-
-        A reservation left pending by a call that failed is rolled back first.
 
         Args:
             rows: the sequences, distinct.
@@ -305,7 +307,8 @@ class BlockPool:
             self.tensors["key_outlier_count"][:, pending.tails] = pending.tail_counts
         if pending.spill_top is not None:
             self.spill_top.copy_(pending.spill_top)
-        for row, taken in pending.new_blocks.items():
+        # Backwards, so that the free list is as it was, in order too.
+        for row, taken in reversed(pending.new_blocks.items()):
             del self._blocks[row][len(self._blocks[row]) - len(taken) :]
             for block in reversed(taken):
                 self._references[block] = 0

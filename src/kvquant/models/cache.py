@@ -37,7 +37,12 @@ class _CountingLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the new keys and values; the attention function stores them."""
+        """Return the new keys and values; the attention function stores them.
+
+        Raises:
+            ModelError: the model runs its own attention, which would see no history.
+        """
+        self._cache.check_in_call()
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -361,6 +366,14 @@ class QuantizedCache(Cache):
             pool.rollback()
         self._steps = []
 
+    def check_in_call(self) -> None:
+        """Raise a ModelError unless :meth:`begin` has laid out the forward call that is running."""
+        if not self._steps:
+            raise ModelError(
+                "a quantized cache works only inside `with quantized_kv_cache(model, ...)` of its own model; "
+                "enter the context again"
+            )
+
     def attend(
         self,
         layer: int,
@@ -372,8 +385,7 @@ class QuantizedCache(Cache):
         softcap: float | None,
     ) -> Tensor:
         """Store one layer's new keys and values and attend; [B, heads, S, D] in, [B, S, Hq, D] out."""
-        if not self._steps:
-            raise ModelError("this cache is not in a forward call of its model; pass it as past_key_values")
+        self.check_in_call()
         B, Hq, S, D = query.shape
         pool_index, inner = self._place[layer]
         step = self._steps[pool_index]

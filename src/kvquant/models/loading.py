@@ -148,13 +148,13 @@ def model_shape(model: nn.Module) -> ModelShape:
 
 
 def model_fingerprint(path: str | Path | None) -> str:
-    """SHA-256 over a model folder's config and weights (names, sizes, and the bytes of each file).
+    """SHA-256 over a model folder's config and weights, safetensors or .bin (names, sizes, bytes of each file).
 
     Large shards make this the price of one read of the files; it is what ties a calibration to its model.
     """
     folder = resolve_path(path)
     digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as handle:
             while chunk := handle.read(1 << 22):
