@@ -115,7 +115,7 @@ def test_the_card_holds_what_was_measured(prepared, tmp_path, monkeypatch):
     settings = {
         "work_dir": str(folder),
         "heldout_texts": {"book": str(folder / "book.txt")},
-        "heldout_tokens": 512,
+        "heldout_characters": 8000,
     }
     cfg = OmegaConf.create({"seed": 0, "task": OmegaConf.structured(TrainTask(**{**vars(task), **settings}))})
     record = RunRecord(tmp_path, task="train", config={})

@@ -112,7 +112,7 @@ class BatchedKVQuantizer:
 
         lower, upper = nuq.channel_thresholds(k, spec.outlier_fraction)
         zero, scale = nuq.zero_and_scale(lower, upper)
-        group = C // spec.value_groups
+        group = spec.value_group_channels(C)
         per_end = nuq.value_outlier_count(spec.outlier_fraction, group)
         rows = v.reshape(-1, group)
         row_weights = None if vf is None else vf.reshape(-1, group)

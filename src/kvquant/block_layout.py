@@ -64,11 +64,7 @@ class BlockLayout:
             raise ValueError(
                 f"KV heads * head_dim must be at most 65536 (16-bit outlier indices), got {self.num_kv_heads} * {D}"
             )
-        if self.num_kv_heads * D % self.spec.value_groups:
-            raise ValueError(
-                f"quant.value_groups must divide the layer's {self.num_kv_heads * D} value channels, "
-                f"got {self.spec.value_groups}; try 1"
-            )
+        self.spec.value_group_channels(self.num_kv_heads * D)
         if self.spill_headroom < 1:
             raise ValueError(f"cache.spill_headroom must be at least 1, got {self.spill_headroom}; try 2")
 
@@ -83,9 +79,8 @@ class BlockLayout:
     @property
     def value_outliers(self) -> int:
         """Outliers of one value token over all groups, VG * 2n."""
-        groups = self.spec.value_groups
-        per_end = value_outlier_count(self.spec.outlier_fraction, self.num_kv_heads * self.head_dim // groups)
-        return 2 * per_end * groups
+        group = self.spec.value_group_channels(self.num_kv_heads * self.head_dim)
+        return 2 * value_outlier_count(self.spec.outlier_fraction, group) * self.spec.value_groups
 
     @property
     def spill_chunks_per_block(self) -> int:

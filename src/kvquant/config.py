@@ -267,7 +267,7 @@ class TrainTask(TaskConfig):
     bfloat16: bool = True
     compile: bool = True
     heldout_texts: dict[str, str] = field(default_factory=dict)
-    heldout_tokens: int | None = 262144
+    heldout_characters: int | None = 1_000_000
 
     @staticmethod
     def check(task: Any) -> None:

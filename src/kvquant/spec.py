@@ -69,3 +69,19 @@ class QuantSpec:
     def is_exact(self) -> bool:
         """Whether keys and values are stored as they are."""
         return self.method == "none"
+
+    def value_group_channels(self, num_channels: int) -> int:
+        """Channels of one value group.
+
+        Args:
+            num_channels: channels of the layer, C = H * D.
+
+        Raises:
+            ValueError: ``value_groups`` does not divide C.
+        """
+        if num_channels % self.value_groups:
+            raise ValueError(
+                f"quant.value_groups must divide the layer's {num_channels} value channels, got {self.value_groups}; "
+                "try 1"
+            )
+        return num_channels // self.value_groups

@@ -21,20 +21,18 @@ from kvquant.errors import DataError
 from kvquant.tasks.train_text import encode_documents
 
 PASSKEY_LENGTHS = (64, 128, 256, 512, 1024, 2048)
-PASSKEY_TRIALS = 48
+PASSKEY_TRIALS = 24
 SEQUENCE_TOKENS = 1024
-# The longest pass key prompt cuts its filler from this much at least.
-_MIN_CHARACTERS = 40_000
 # Where this very machine keeps its files is nobody else's business.
 _LOCAL_SETTINGS = ("work_dir", "model_dir", "text_paths", "heldout_texts")
 
 
-def evaluate(model_dir: Path, texts: dict[str, str], max_tokens: int | None) -> dict[str, Any]:
+def evaluate(model_dir: Path, texts: dict[str, str], max_characters: int | None) -> dict[str, Any]:
     """Perplexity and pass keys of the model in `model_dir`, computed in fp32 from its stored weights.
 
     texts (dict): further held-out texts, label to path; `wikitext2` is read as that data set's raw rows, any other label
         as a text file whose documents are separated by 0x1E. The standard library's held-out split is always measured.
-    max_tokens (int | None): tokens per text, from its beginning; None for all.
+    max_characters (int | None): at most this much per text, an equal share from the start of every document; None: all.
     Returns perplexity, bits_per_byte and tokens per text, and passkey accuracy by text and length.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
@@ -43,13 +41,12 @@ def evaluate(model_dir: Path, texts: dict[str, str], max_tokens: int | None) -> 
     measured: dict[str, Any] = {"stdlib_sha256": stdlib.sha256, "perplexity": {}, "passkey_accuracy": {}}
     lengths = [length for length in PASSKEY_LENGTHS if length <= model.config.max_position_embeddings]
     for label, documents in {"stdlib held-out": _documents(stdlib), **_files(texts)}.items():
-        text = "\n\n".join(documents)
-        if max_tokens is not None:
-            # Text averages fewer characters to a token than this; encoding the rest would be for nothing.
-            text = text[: max(8 * max_tokens, _MIN_CHARACTERS)]
-        stream = encode_documents(tokenizer, [text])
-        bytes_per_token = len(text.encode()) / len(stream)
-        measured["perplexity"][label] = _perplexity(model, stream[:max_tokens], bytes_per_token)
+        if max_characters is not None:
+            # As much of every document, so that no first book stands for all of them.
+            documents = [document[: max_characters // len(documents)] for document in documents]
+        stream = encode_documents(tokenizer, documents)
+        bytes_per_token = sum(len(document.encode()) for document in documents) / len(stream)
+        measured["perplexity"][label] = _perplexity(model, stream, bytes_per_token)
         measured["passkey_accuracy"][label] = passkey_accuracy(
             model, tokenizer, stream.astype(np.int64), lengths, PASSKEY_TRIALS, batch_size=4
         )

@@ -40,7 +40,7 @@ def run(cfg: Any, context: Any) -> None:
     training = train(task, cfg.seed, work_dir, context.device, context.console)
     model_dir = Path(training["model_dir"])
     with context.console.status("measuring perplexity and pass keys"):
-        measured = evaluate(model_dir, dict(task.heldout_texts), task.heldout_tokens)
+        measured = evaluate(model_dir, dict(task.heldout_texts), task.heldout_characters)
     training["settings"] = OmegaConf.to_container(task, resolve=True)
     training["device"] = f"{device_name(context.device)}, {torch.get_num_threads()} threads"
     write_card(model_dir, training, measured, work_dir / "losses.csv")

@@ -1,0 +1,109 @@
+"""What a query sees: dequantized keys and values, or a call's own exact ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvquant.batched_quant import BatchedKVQuantizer
+from kvquant.block_layout import BlockLayout
+from kvquant.block_pool import BlockPool
+from kvquant.prefill_quant import PrefillQuantizedAttention
+from kvquant.ragged import cumulative_lengths
+from kvquant.spec import QuantSpec
+
+H, G, D, BLOCK = 2, 3, 64, 32
+LENGTHS = [1, 40, 70]
+
+
+@pytest.fixture(scope="module")
+def quantizer() -> BatchedKVQuantizer:
+    sample = draw(512, 9, H)
+    return BatchedKVQuantizer.calibrate(QuantSpec(bits=2, sink_tokens=2), sample, sample.flip(0))
+
+
+def draw(tokens: int, seed: int, heads: int) -> Tensor:
+    return torch.randn(tokens, heads, D, generator=torch.Generator().manual_seed(seed))
+
+
+def pool_for(quantizer: BatchedKVQuantizer) -> tuple[BlockPool, list[int]]:
+    pool = BlockPool(BlockLayout(quantizer.spec, 1, H, D, torch.float32, BLOCK), 16, max_sequences=3)
+    return pool, [pool.add_sequence() for _ in LENGTHS]
+
+
+def attention(quantizer: BatchedKVQuantizer, reads: str) -> PrefillQuantizedAttention:
+    return PrefillQuantizedAttention(quantizer, BLOCK, D**-0.5, prefill_reads=reads)
+
+
+def softmax_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of the last queries of one sequence, grouped heads, in fp64."""
+    q, k, v = (x.double().transpose(0, 1) for x in (query, keys, values))
+    k, v = k.repeat_interleave(G, 0), v.repeat_interleave(G, 0)
+    scores = q @ k.transpose(1, 2) * D**-0.5
+    past = k.shape[1] - q.shape[1]
+    hidden = torch.arange(k.shape[1]) > torch.arange(q.shape[1])[:, None] + past
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+
+
+def sequences(x: Tensor, lengths: list[int]) -> list[Tensor]:
+    return list(x.split(lengths))
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    assert float((actual.double() - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("reads", ["quantized", "exact"])
+def test_prefill_then_decode(quantizer: BatchedKVQuantizer, reads: str) -> None:
+    T = sum(LENGTHS)
+    query, keys, values = draw(T, 1, H * G), draw(T, 2, H), draw(T, 3, H)
+    offsets = torch.tensor(cumulative_lengths(LENGTHS))
+    stored = quantizer.dequantize(quantizer.quantize(keys, values, offsets, block_size=BLOCK))
+    pool, rows = pool_for(quantizer)
+    out = attention(quantizer, reads)(query, keys, values, pool.layers[0], pool.reserve(rows, LENGTHS), None)
+    pool.commit()
+    seen = stored if reads == "quantized" else (keys, values)
+    parts = zip(*(sequences(x, LENGTHS) for x in (out, query, *seen)), strict=True)
+    for actual, q, k, v in parts:
+        assert_same(actual, softmax_attention(q, k, v))
+
+    # One more token each: a decode reads its own token, and everything before it, quantized in both modes.
+    query, new_keys, new_values = draw(3, 4, H * G), draw(3, 5, H), draw(3, 6, H)
+    out = attention(quantizer, reads)(
+        query, new_keys, new_values, pool.layers[0], pool.reserve(rows, [1] * 3), None
+    )
+    pool.commit()
+    longer = [n + 1 for n in LENGTHS]
+
+    def appended(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat(
+            [torch.cat(pair) for pair in zip(sequences(old, LENGTHS), new.split(1), strict=True)]
+        )
+
+    offsets = torch.tensor(cumulative_lengths(longer))
+    stored = quantizer.dequantize(
+        quantizer.quantize(appended(keys, new_keys), appended(values, new_values), offsets, block_size=BLOCK)
+    )
+    for index, (k, v) in enumerate(zip(*(sequences(x, longer) for x in stored), strict=True)):
+        assert_same(out[index : index + 1], softmax_attention(query[index : index + 1], k, v))
+
+
+def test_a_chunk_reads_its_own_tokens_exactly_and_earlier_ones_quantized(
+    quantizer: BatchedKVQuantizer,
+) -> None:
+    query, keys, values = draw(100, 1, H * G), draw(100, 2, H), draw(100, 3, H)
+    pool, rows = pool_for(quantizer)
+    attend = attention(quantizer, "exact")
+    for part in (slice(0, 60), slice(60, 100)):
+        step = pool.reserve(rows[:1], [part.stop - part.start])
+        out = attend(query[part], keys[part], values[part], pool.layers[0], step, None)
+        pool.commit()
+    stored = quantizer.dequantize(quantizer.quantize(keys, values, torch.tensor([0, 100]), block_size=BLOCK))
+    k, v = (torch.cat([old[:60], new[60:]]) for old, new in zip(stored, (keys, values), strict=True))
+    assert_same(out, softmax_attention(query[60:], k, v))
+
+
+def test_other_reads_are_refused(quantizer: BatchedKVQuantizer) -> None:
+    with pytest.raises(ValueError, match=r"prefill_reads must be one of quantized, exact, got 'both'"):
+        attention(quantizer, "both")
