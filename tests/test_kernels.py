@@ -129,6 +129,28 @@ def test_backends_store_and_read_identically(case):
         assert torch.equal(tile, truth)
 
 
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size", "tokens"),
+    [(1, 128, 512, 300), (260, 128, 8, 3)],
+    ids=["keys of a long block", "values of many heads"],
+)
+def test_indices_use_all_sixteen_bits(heads, head_dim, block_size, tokens):
+    spec = QuantSpec(2, outlier_fraction=0.002)
+    quantizer = calibrated(spec, head_dim, heads=heads, tokens=64)
+    keys, values = (heavy_tailed(tokens, head_dim, seed, heads=heads) for seed in (3, 4))
+    pools = {}
+    for backend in ("reference", "pytorch_fused"):
+        pool = pools[backend] = pool_for(quantizer, block_size=block_size, num_blocks=1, headroom=20.0)
+        append(quantizer, pool, [pool.add_sequence()], [tokens], keys, values, backend)
+    assert_same_pools(pools["pytorch_fused"], pools["reference"])
+    names = ("key_outlier_index", "value_outlier_index")
+    assert min(int(pool.tensors[name].min()) for name in names) < 0, "the draw must set the sign bit"
+    for x, truth in zip(
+        dequantized(quantizer, pool, 0), dequantized(quantizer, pool, 0, backend="reference"), strict=True
+    ):
+        assert torch.equal(x, truth)
+
+
 # -- appends that grow a chain -----------------------------------------------------------------------------------
 
 SMALL_BLOCK, SMALL_DIM = 16, 32
@@ -299,6 +321,7 @@ ATTENTION = {
     "one query head per KV head": Attention(groups=1),
     "four query heads per KV head": Attention(),
     "chunked prefill": Attention(past=(64, 1, 0), new=(7, 40, 33)),
+    "one slot short of a tile": Attention(past=(0, 30, 33), new=(31, 1, 30)),
     "decode": Attention(past=(1, 15, 130), new=(1, 1, 1)),
     "one large tile": Attention(past=(64, 1, 0), new=(7, 40, 33), blocks_per_tile=32),
     "sliding window": Attention(past=(64, 1, 0), new=(7, 40, 70), window=20),
@@ -407,7 +430,9 @@ def test_chunked_equals_whole(name, chunk):
     assert relative_rms(torch.cat([*parts[0], *parts[1]]), whole) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["chunked prefill", "sinks", "everything", "unquantized"])
+@pytest.mark.parametrize(
+    "name", ["chunked prefill", "one slot short of a tile", "sinks", "everything", "unquantized"]
+)
 def test_slots_never_written_do_not_matter(name):
     case = ATTENTION[name]
     arguments = stored_history(case)
