@@ -143,7 +143,7 @@ def test_indices_use_all_sixteen_bits(heads, head_dim, block_size, tokens):
         pool = pools[backend] = pool_for(quantizer, block_size=block_size, num_blocks=1, headroom=20.0)
         append(quantizer, pool, [pool.add_sequence()], [tokens], keys, values, backend)
     assert_same_pools(pools["pytorch_fused"], pools["reference"])
-    names = ("key_outlier_index", "value_outlier_index")
+    names = ("key_outlier_index", "spill_index", "value_outlier_index")
     assert min(int(pool.tensors[name].min()) for name in names) < 0, "the draw must set the sign bit"
     for x, truth in zip(
         dequantized(quantizer, pool, 0), dequantized(quantizer, pool, 0, backend="reference"), strict=True
