@@ -143,6 +143,7 @@ class BlockPool:
         Raises:
             PoolExhausted: all rows are taken.
         """
+        self.rollback()
         if not self._free_rows:
             raise PoolExhausted(
                 f"the pool holds at most {self.max_sequences} sequences and all are in use; free one or raise max_sequences"
@@ -176,6 +177,7 @@ class BlockPool:
 
     def free(self, row: int) -> None:
         """Close a sequence and give back the blocks that no other sequence shares."""
+        self.rollback()
         self._release(self._blocks.pop(row))
         del self._lengths[row], self._passed[row]
         heapq.heappush(self._free_rows, row)
@@ -186,6 +188,7 @@ class BlockPool:
         Raises:
             PoolExhausted: no block (or spill chunk, or row) is left for the copy; nothing has changed.
         """
+        self.rollback()
         passed = self._passed[row]
         shared = self._lengths[row] // self.layout.block_size - passed
         has_tail = self._lengths[row] % self.layout.block_size > 0
@@ -214,6 +217,7 @@ class BlockPool:
             ValueError: the sequence is shorter than ``length``, or a sliding window has given back what it needs.
             PoolExhausted: the block it now ends in is shared and no block is left for a copy.
         """
+        self.rollback()
         self.check_crop(row, length)
         passed, inside = self._passed[row], length % self.layout.block_size
         keep = self.layout.blocks_for(length) - passed
@@ -334,7 +338,7 @@ class BlockPool:
             self.tensors["key_outlier_count"][:, pending.tails] = pending.tail_counts
         if pending.spill_top is not None:
             self.spill_top.copy_(pending.spill_top)
-        for row, taken in pending.new_blocks.items():
+        for row, taken in reversed(pending.new_blocks.items()):
             del self._blocks[row][len(self._blocks[row]) - len(taken) :]
             for block in reversed(taken):
                 self._references[block] = 0
