@@ -296,3 +296,62 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+
+
+class TestWindow:
+    """A pool whose layers see only the last tokens."""
+
+    WINDOW = 20
+
+    def books(self, pool: BlockPool) -> dict:
+        """All but the content, whose reader starts at position 0."""
+        return {name: what for name, what in snapshot(pool).items() if name != "content"}
+
+    def grown(self, length: int) -> tuple[BlockPool, int]:
+        windowed = BlockPool(
+            make_pool(chunks=80).layout,
+            NUM_BLOCKS,
+            max_sequences=MAX_SEQUENCES,
+            max_blocks_per_sequence=32,
+            window=self.WINDOW,
+        )
+        row = windowed.add_sequence()
+        for start in range(0, length, 8):
+            new = list(range(start, min(start + 8, length)))
+            write(windowed, windowed.reserve([row], [len(new)]), new)
+            windowed.commit()
+        return windowed, row
+
+    @pytest.mark.parametrize("length", [1, 19, 20, 37, 64, 200])
+    def test_holds_exactly_the_blocks_that_the_next_token_can_see(self, length) -> None:
+        pool, row = self.grown(length)
+        first_seen = max(0, length - self.WINDOW + 1)
+        assert pool.length(row) == length
+        assert len(pool.blocks_of(row)) == pool.layout.blocks_for(length) - first_seen // BLOCK
+        assert pool.tokens_held(row) == length - first_seen // BLOCK * BLOCK
+        assert pool.blocks_in_use == len(pool.blocks_of(row))
+        pool.free(row)
+        assert pool.blocks_in_use == 0
+
+    def test_forks_crops_and_rollbacks_keep_counting_from_the_start(self) -> None:
+        pool, row = self.grown(69)
+        fork = pool.fork(row)
+        held = len(pool.blocks_of(row))
+        assert pool.blocks_of(fork)[:-1] == pool.blocks_of(row)[:-1]
+        before = self.books(pool)
+        write(pool, pool.reserve([fork], [9]), list(range(9)))
+        pool.rollback()
+        assert self.books(pool) == before
+        with pytest.raises(ValueError, match="sliding window of 20 tokens"):
+            pool.crop(fork, 40)
+        assert self.books(pool) == before
+        pool.crop(fork, 68)
+        step = pool.reserve([row, fork], [1, 1])
+        assert step.past == (69, 68) and len(pool.blocks_of(row)) == held
+        table = pool.block_table[row].tolist()
+        passed = pool.layout.blocks_for(69) - held
+        assert table[:passed] == [0] * passed and table[passed : passed + held] == pool.blocks_of(row)
+        pool.rollback()
+        pool.free(row)
+        pool.free(fork)
+        assert pool.blocks_in_use == 0
