@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.errors import DataError, ModelError, NonFiniteActivations, PoolExhausted
@@ -276,16 +276,79 @@ class TestContext:
             pass
 
     def test_an_unfitted_family_is_refused_by_name(self) -> None:
-        config = Qwen2Config(
-            vocab_size=50,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
+        config = OPTConfig(
+            vocab_size=50, hidden_size=64, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2
         )
-        with pytest.raises(ModelError, match="qwen2"):
-            model_shape(Qwen2ForCausalLM(config))
+        with pytest.raises(ModelError, match="opt: its attention has not been fitted"):
+            model_shape(OPTForCausalLM(config))
+
+    def test_sub_configs_and_another_owner_of_the_config_are_left_as_they_were(self, small) -> None:
+        twin = LlamaForCausalLM(small.config).eval()
+        assert twin.config is small.config
+        prompt = prompts_of([20])
+        before = twin(input_ids=prompt[0][None]).logits
+        implementation = small.config._attn_implementation
+        with quantized_kv_cache(small, exact(small)) as kv:
+            kv.new_cache().append(prompt)
+            with pytest.raises(ModelError, match="shares its config object"):
+                twin(input_ids=prompt[0][None])
+            with quantized_kv_cache(twin, exact(twin)) as other:
+                ours = other.new_cache().append(prompt, logits="all")
+            assert (ours - before[0]).abs().max() <= 1e-4
+            kv.new_cache().append(prompt)
+        assert small.config._attn_implementation == implementation
+        assert torch.equal(twin(input_ids=prompt[0][None]).logits, before)
+
+    def test_contexts_that_share_a_config_may_close_in_any_order(self, small) -> None:
+        twin, prompt = LlamaForCausalLM(small.config).eval(), prompts_of([20])
+        implementation = small.config._attn_implementation
+        first, second = quantized_kv_cache(small, exact(small)), quantized_kv_cache(twin, exact(twin))
+        first.__enter__()
+        kv = second.__enter__()
+        expected = kv.new_cache().append(prompt)
+        first.__exit__(None, None, None)
+        assert torch.equal(kv.new_cache().append(prompt), expected)
+        second.__exit__(None, None, None)
+        assert small.config._attn_implementation == implementation
+
+    def test_a_deep_copy_made_inside_is_an_ordinary_model(self, small) -> None:
+        prompt = prompts_of([20])
+        with torch.inference_mode():
+            before = small(input_ids=prompt[0][None]).logits
+            with quantized_kv_cache(small, exact(small)) as kv:
+                copied = copy.deepcopy(small)
+                assert copied.config._attn_implementation == "sdpa"
+                assert torch.equal(copied(input_ids=prompt[0][None]).logits, before)
+                with quantized_kv_cache(copied, exact(copied)) as other:
+                    ours = other.new_cache().append(prompt)
+                assert torch.equal(kv.new_cache().append(prompt), ours)
+            assert torch.equal(copied(input_ids=prompt[0][None]).logits, before)
+        assert type(copied.config._attn_implementation) is str
+
+    def test_a_forward_call_that_raises_leaves_cache_and_model_usable(self, small) -> None:
+        prompt, broken = prompts_of([20])[0], copy.deepcopy(small)
+        with torch.inference_mode(), quantized_kv_cache(broken, exact(broken)) as kv:
+            cache = kv.new_cache(num_blocks=4, max_sequences=1)
+            norm = broken.model.norm
+            broken.model.norm = torch.nn.Linear(7, 7)
+            with pytest.raises(RuntimeError):
+                cache.append([prompt])
+            broken.model.norm = norm
+            assert cache.pools[0].blocks_in_use == 0
+            ours = cache.append([prompt])
+            assert (ours - small(input_ids=prompt[None]).logits[0, -1]).abs().max() <= 1e-4
+
+    @pytest.mark.parametrize("how", ["function", "method", "layer"])
+    def test_a_compiled_model_is_refused(self, small, how) -> None:
+        model = copy.deepcopy(small)
+        if how == "function":
+            model = torch.compile(model)
+        elif how == "method":
+            model.compile()
+        else:
+            model.model.layers[1] = torch.compile(model.model.layers[1])
+        with pytest.raises(ModelError, match="must not be compiled"), quantized_kv_cache(model, exact(small)):
+            pass
 
 
 class TestLoading:

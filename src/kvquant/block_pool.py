@@ -2,8 +2,7 @@
 
 A block id is one slot of ``block_size`` tokens in every layer of the group. Ids are handed out on the host from the
 sequences' lengths before anything is written, so running out raises first and changes nothing; the device only ever
-sees block tables. The pool never reallocates and never copies what it holds (a fork copies one open block). A call left
-pending by an exception is rolled back by whichever verb comes next.
+sees block tables. The pool never reallocates and never copies what it holds (a fork copies one open block).
 """
 
 from __future__ import annotations
@@ -53,6 +52,8 @@ class BlockPool:
         num_blocks: blocks to allocate, N.
         max_sequences: rows of the block table.
         max_blocks_per_sequence: columns of the block table; default: all blocks.
+        window: sliding window of the layers in tokens: blocks that no later token can see are given back when a call
+            is committed, and the table keeps counting from the sequence's start. None: everything stays.
         device: where everything lives.
     """
 
@@ -63,6 +64,7 @@ class BlockPool:
         *,
         max_sequences: int,
         max_blocks_per_sequence: int | None = None,
+        window: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if num_blocks < 1 or max_sequences < 1:
@@ -71,6 +73,7 @@ class BlockPool:
                 "raise cache.num_blocks or cache.memory_budget_gib"
             )
         self.layout, self.num_blocks, self.max_sequences = layout, num_blocks, max_sequences
+        self.window = window
         self.device = torch.device(device)
         L = layout.num_layers
         # Zeros, not empty: a slot never written must still index inside its block.
@@ -99,8 +102,8 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._blocks: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
-        # A heap: pools that open and close the same sequences hand out the same rows, failed forks or not.
-        self._free_rows = list(range(max_sequences))
+        self._passed: dict[int, int] = {}  # blocks given back at the start of each sequence
+        self._free_rows = list(range(max_sequences))  # a heap
         self._pending: _Reservation | None = None
         self.layers = [self._layer(index) for index in range(L)]
 
@@ -145,13 +148,18 @@ class BlockPool:
             raise PoolExhausted(
                 f"the pool holds at most {self.max_sequences} sequences and all are in use; free one or raise max_sequences"
             )
+        # The lowest: pools that open and close the same rows hand out the same ones, whatever the order was.
         row = heapq.heappop(self._free_rows)
-        self._blocks[row], self._lengths[row] = [], 0
+        self._blocks[row], self._lengths[row], self._passed[row] = [], 0, 0
         return row
 
     def length(self, row: int) -> int:
-        """Tokens stored for a sequence."""
+        """Tokens of a sequence, those that have passed out of the window included."""
         return self._lengths[row]
+
+    def tokens_held(self, row: int) -> int:
+        """Tokens of a sequence whose blocks are still held."""
+        return self._lengths[row] - self._passed[row] * self.layout.block_size
 
     @property
     def sequences(self) -> list[int]:
@@ -164,14 +172,14 @@ class BlockPool:
         return self.num_blocks - len(self._free_blocks)
 
     def blocks_of(self, row: int) -> list[int]:
-        """Block ids of a sequence, in order."""
+        """Ids of the blocks a sequence holds, in order."""
         return list(self._blocks[row])
 
     def free(self, row: int) -> None:
         """Close a sequence and give back the blocks that no other sequence shares."""
         self.rollback()
         self._release(self._blocks.pop(row))
-        del self._lengths[row]
+        del self._lengths[row], self._passed[row]
         heapq.heappush(self._free_rows, row)
 
     def fork(self, row: int) -> int:
@@ -181,10 +189,14 @@ class BlockPool:
             PoolExhausted: no block (or spill chunk, or row) is left for the copy; nothing has changed.
         """
         self.rollback()
-        shared, inside = divmod(self._lengths[row], self.layout.block_size)
+        passed = self._passed[row]
+        shared = self._lengths[row] // self.layout.block_size - passed
+        has_tail = self._lengths[row] % self.layout.block_size > 0
+        if has_tail and not self._free_blocks:
+            raise PoolExhausted(_exhausted(1, 0, self.num_blocks))
         new = self.add_sequence()
         blocks = self._blocks[row][:shared]
-        if inside:
+        if has_tail:
             try:
                 blocks.append(self._copy_block(self._blocks[row][shared]))
             except PoolExhausted:
@@ -192,8 +204,8 @@ class BlockPool:
                 raise
         for block in blocks[:shared]:
             self._references[block] += 1
-        self._blocks[new], self._lengths[new] = blocks, self._lengths[row]
-        self._write_table(new, 0, blocks)
+        self._blocks[new], self._lengths[new], self._passed[new] = blocks, self._lengths[row], passed
+        self._write_table(new, passed, blocks)
         for name in ("sink_keys", "sink_values"):
             self.tensors[name][:, new] = self.tensors[name][:, row]
         return new
@@ -202,30 +214,48 @@ class BlockPool:
         """Keep the first ``length`` tokens of a sequence; blocks past them go back.
 
         Raises:
-            ValueError: the sequence is shorter than ``length``.
+            ValueError: the sequence is shorter than ``length``, or a sliding window has given back what it needs.
             PoolExhausted: the block it now ends in is shared and no block is left for a copy.
         """
-        if not 0 <= length <= self._lengths[row]:
-            raise ValueError(
-                f"crop length must be 0 to {self._lengths[row]} (the sequence's tokens), got {length}"
-            )
         self.rollback()
-        keep, inside = self.layout.blocks_for(length), length % self.layout.block_size
+        self.check_crop(row, length)
+        passed, inside = self._passed[row], length % self.layout.block_size
+        keep = self.layout.blocks_for(length) - passed
         blocks = self._blocks[row]
         if inside and self._references[blocks[keep - 1]] > 1:
             original = blocks[keep - 1]
             blocks[keep - 1] = self._copy_block(original)
             self._references[original] -= 1
-            self._write_table(row, keep - 1, blocks[keep - 1 : keep])
+            self._write_table(row, passed + keep - 1, blocks[keep - 1 : keep])
         self._blocks[row], self._lengths[row] = blocks[:keep], length
         self._release(blocks[keep:])
         if inside and not self.layout.spec.is_exact:
             spill_chains.crop(self.layers, blocks[keep - 1], inside, self.layout.head_dim)
 
+    def check_crop(self, row: int, length: int) -> None:
+        """Raise what :meth:`crop` would raise for a length it refuses.
+
+        Raises:
+            ValueError: the sequence is shorter, or its next token would see a block that was given back.
+        """
+        if not 0 <= length <= self._lengths[row]:
+            raise ValueError(
+                f"crop length must be 0 to {self._lengths[row]} (the sequence's tokens), got {length}"
+            )
+        if self._passed_at(length) < self._passed[row]:
+            assert self.window is not None
+            shortest = self._passed[row] * self.layout.block_size + self.window - 1
+            raise ValueError(
+                f"crop length must be at least {shortest} here, got {length}: blocks that left the sliding window of "
+                f"{self.window} tokens are given back; free the sequence and append its text again"
+            )
+
     # ---- one forward call ------------------------------------------------------------------------------------
 
     def reserve(self, rows: Sequence[int], lengths: Sequence[int]) -> RaggedStep:
         """Set blocks aside for new tokens of some sequences and say where each token goes.
+
+        A reservation left pending by a call that failed is rolled back first.
 
         Args:
             rows: the sequences, distinct.
@@ -239,7 +269,7 @@ class BlockPool:
             raise ValueError(f"a call may name each sequence once, got {list(rows)}")
         past = [self._lengths[row] for row in rows]
         needed = [
-            self.layout.blocks_for(p + n) - len(self._blocks[row])
+            self.layout.blocks_for(p + n) - self._passed[row] - len(self._blocks[row])
             for row, p, n in zip(rows, past, lengths, strict=True)
         ]
         if sum(needed) > len(self._free_blocks):
@@ -269,7 +299,7 @@ class BlockPool:
             for block in taken:
                 self._references[block] = 1
             self._pending.new_blocks[row] = taken
-            self._write_table(row, len(self._blocks[row]), taken)
+            self._write_table(row, self._passed[row] + len(self._blocks[row]), taken)
             self._blocks[row].extend(taken)
             fresh.extend(taken)
         if counts is not None and fresh:
@@ -295,6 +325,7 @@ class BlockPool:
             raise _as_exception(*found[0], self.layout)
         for row, new in zip(self._pending.rows, self._pending.lengths, strict=True):
             self._lengths[row] += new
+            self._give_back(row)
         self._pending = None
 
     def rollback(self) -> None:
@@ -335,6 +366,22 @@ class BlockPool:
         return self.bytes_total - self.bytes_free
 
     # ---- private ---------------------------------------------------------------------------------------------
+
+    def _passed_at(self, length: int) -> int:
+        """Blocks that a sequence of ``length`` tokens needs no more: its next token sees none of their positions."""
+        if self.window is None:
+            return 0
+        return max(0, length - self.window + 1) // self.layout.block_size
+
+    def _give_back(self, row: int) -> None:
+        """Release the blocks that the window has passed; block 0 stands in for them in the table, always masked."""
+        passed = self._passed_at(self._lengths[row])
+        count = passed - self._passed[row]
+        if count > 0:
+            self.block_table[row, self._passed[row] : passed] = 0
+            self._release(self._blocks[row][:count])
+            del self._blocks[row][:count]
+            self._passed[row] = passed
 
     def _write_table(self, row: int, first: int, blocks: list[int]) -> None:
         if blocks:

@@ -29,6 +29,7 @@ class _Step(NamedTuple):
     items: Tensor  # [I] indices of work items
     item_sequence: Tensor  # [I] index into ``sequences``
     has_unwritten: bool  # whether some sequence ends inside the tile
+    has_passed: bool  # whether some sequence's window begins inside the tile
 
 
 class _Schedule(NamedTuple):
@@ -76,6 +77,7 @@ def _schedule(
             torch.tensor(active).to(device),
             torch.tensor([where[items[i][0]] for i in active]).to(device),
             min(past[s] + lengths[s] for s in present) <= hi,
+            window is not None and max(past[s] for s in present) - window >= lo,
         )
         steps.append((k, step))
     return _Schedule(
@@ -142,6 +144,10 @@ def attend_tiled(
             # A weight of zero does not silence a NaN that a failed call left in a slot never committed.
             unwritten = position >= plan.kv_lengths[active.sequences][:, None]  # [S, KT]
             values.masked_fill_(unwritten[:, None, :, None], 0.0)
+        if window is not None and active.has_passed:
+            # Nor one that stands in for a block which the window has passed and which was given back.
+            passed = position <= plan.past[active.sequences][:, None] - window  # [S, KT]
+            values.masked_fill_(passed[:, None, :, None], 0.0)
         turned = queries
         if rope is not None:
             keys = _rotate(keys, rope.offset_cos[:tokens], rope.offset_sin[:tokens])

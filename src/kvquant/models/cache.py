@@ -3,63 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from kvquant.batched_quant import BatchedKVQuantizer
-from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
 from kvquant.errors import DataError, ModelError, PoolExhausted
-from kvquant.kernels import Rope
 from kvquant.measure import Stopwatch
-from kvquant.models.attention_hook import rotate
+from kvquant.models.attention_hook import attention_modules, rotate
+from kvquant.models.counting_layer import CountingLayer
 from kvquant.models.loading import ModelShape
+from kvquant.models.pools import PoolSize, allocate_pools, group_layers
+from kvquant.models.rotary import CallRope, call_rope, check_rope_switch, rope_switch, rope_type_of
 from kvquant.prefill_quant import PrefillQuantizedAttention, blocks_per_tile
 from kvquant.ragged import RaggedStep, cumulative_lengths
-
-
-class _CountingLayer(CacheLayerMixin):
-    """What transformers sees of a layer: it counts columns and hands the new keys and values through."""
-
-    def __init__(self, cache: QuantizedCache) -> None:
-        super().__init__()
-        self._cache = cache
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is allocated per layer."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return the new keys and values; the attention function stores them.
-
-        Raises:
-            ModelError: the model runs its own attention, which would see no history.
-        """
-        self._cache.check_in_call()
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        """Columns seen so far, padding included: what generate() counts positions with."""
-        return self._cache.num_columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask, if one were built."""
-        return self._cache.num_columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum of its own: the pool is the limit."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The same under the name that transformers used before 5.20."""
-        return -1
 
 
 class QuantizedCache(Cache):
@@ -71,6 +33,7 @@ class QuantizedCache(Cache):
         rows: the open sequences, in batch order.
         num_columns: columns of padded batches seen so far.
         stopwatch: adds up the time of quantizing and storing, if set.
+        when_asked: called with the cache when transformers asks for its length.
     """
 
     def __init__(
@@ -87,22 +50,36 @@ class QuantizedCache(Cache):
         prefill_reads: str,
         backend: str,
         max_length: int,
+        rope_length: int | None,
     ) -> None:
-        super().__init__(layers=[_CountingLayer(self) for _ in range(shape.num_layers)])
+        super().__init__(
+            layers=[CountingLayer(self.get_num_columns, self.check_in_call) for _ in range(shape.num_layers)]
+        )
         self.num_columns = 0
         self.rows: list[int] = []
         self.stopwatch: Stopwatch | None = None
+        self.when_asked: Callable[[QuantizedCache], None] | None = None
         self._model, self._quantizers, self._shape = model, quantizers, shape
         self._block_size, self._max_length, self._max_sequences = block_size, max_length, max_sequences
-        self._num_blocks, self._budget_gib = num_blocks, memory_budget_gib
-        self._spill_headroom, self._prefill_reads, self._backend = spill_headroom, prefill_reads, backend
+        self._size = PoolSize(num_blocks, memory_budget_gib, max_length)
+        self._prefill_reads, self._backend, self._rope_length = prefill_reads, backend, rope_length
         self._pools: list[BlockPool] = []
-        self._place: list[tuple[int, int]] = []  # layer -> (pool, index within it)
         self._steps: list[RaggedStep] = []
         self._token_index: Tensor | None = None
         self._packed: tuple[list[int], list[int]] | None = None
-        self._rope: tuple[Rope, Tensor, Tensor] | None = None
-        self._group_layers()
+        self._ropes: dict[str | None, CallRope] = {}
+        self._groups = group_layers(
+            quantizers, shape, dtype=model.dtype, block_size=block_size, spill_headroom=spill_headroom
+        )
+        place = {
+            layer: (pool, inner)
+            for pool, group in enumerate(self._groups)
+            for inner, layer in enumerate(group.layers)
+        }
+        self._place = [place[layer] for layer in range(shape.num_layers)]  # layer -> (pool, index within it)
+        rotary = model.get_decoder().rotary_emb
+        self._rope_types = [rope_type_of(module, rotary) for module in attention_modules(model)]
+        self._rope_switch = rope_switch(rotary)
         if num_blocks is not None or memory_budget_gib is not None:
             self._allocate(max_sequences or 64)
 
@@ -145,6 +122,7 @@ class QuantizedCache(Cache):
         )
         last = torch.tensor(cumulative_lengths(lengths)[1:], device=device) - 1
         self._packed = (list(rows), lengths)
+        self._token_index = None
         try:
             out = self._model(
                 input_ids=torch.cat(ids)[None],
@@ -165,6 +143,11 @@ class QuantizedCache(Cache):
         """
         if not self._pools:
             self._allocate(self._max_sequences or num_sequences)
+        taken, most = len(self.rows), self._pools[0].max_sequences
+        if taken + num_sequences > most:
+            raise PoolExhausted(
+                f"the cache holds at most {most} sequences, got {taken} and {num_sequences} more; raise max_sequences"
+            )
         new = []
         for _ in range(num_sequences):
             opened = [pool.add_sequence() for pool in self._pools]
@@ -192,16 +175,65 @@ class QuantizedCache(Cache):
         self.rows.append(forked[0][1])
         return forked[0][1]
 
-    def crop(self, max_length: int) -> None:
-        """Keep the first ``max_length`` tokens of every sequence, or drop the last ``-max_length`` if negative."""
-        for row in self.rows:
-            length = self.length(row)
-            keep = max(0, length + max_length) if max_length < 0 else min(length, max_length)
-            for pool in self._pools:
-                pool.crop(row, keep)
-        self.num_columns = (
-            max(0, self.num_columns + max_length) if max_length < 0 else min(self.num_columns, max_length)
-        )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens of every sequence; 0 drops nothing, as in transformers.
+
+        Raises:
+            ValueError: a positive number, or a sliding window has given back blocks that the rest would need;
+                nothing has changed.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes the negative number of tokens to remove, got {tokens_to_remove}; "
+                f"try crop({-tokens_to_remove}) to remove {tokens_to_remove}"
+            )
+        if tokens_to_remove == 0:
+            return
+        keep = {row: max(0, self.length(row) + tokens_to_remove) for row in self.rows}
+        for pool, row in itertools.product(self._pools, self.rows):
+            pool.check_crop(row, keep[row])
+        for pool, row in itertools.product(self._pools, self.rows):
+            pool.crop(row, keep[row])
+        self.num_columns = max(0, self.num_columns + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Continue with sequence ``beam_idx[i]`` of the batch in place i, as beam search asks; int64 [B].
+
+        Raises:
+            PoolExhausted: no block is left for the copy of an open one; the sequences chosen first are intact.
+        """
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices`` of the batch (int64 or bool), in this order; the others are freed."""
+        chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._select(chosen.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Fork every sequence so that it stands ``repeats`` times in a row in the batch.
+
+        Raises:
+            PoolExhausted: ``max_sequences`` or the blocks do not suffice.
+        """
+        self._select([place for place in range(len(self.rows)) for _ in range(repeats)])
+
+    def _select(self, places: list[int]) -> None:
+        """Let the batch be these of its present sequences; a sequence chosen again is forked."""
+        before = list(self.rows)
+        for place in set(range(len(before))) - set(places):
+            self.free(before[place])  # first, so that rows and blocks suffice for the forks
+        seen: set[int] = set()
+        after = []
+        for place in places:
+            after.append(self.fork(before[place]) if place in seen else before[place])
+            seen.add(place)
+        self.rows = after
+
+    def get_num_columns(self) -> int:
+        """Columns of padded batches seen so far; tells ``when_asked``."""
+        if self.when_asked is not None:
+            self.when_asked(self)
+        return self.num_columns
 
     def length(self, row: int) -> int:
         """Tokens stored for a sequence."""
@@ -228,8 +260,10 @@ class QuantizedCache(Cache):
     @property
     def effective_bits(self) -> float:
         """8 * bytes held / elements of K and V held."""
-        tokens = sum(self.length(row) for row in self.rows)
-        elements = 2 * tokens * self._shape.num_layers * self._shape.num_kv_heads * self._shape.head_dim
+        tokens = sum(
+            pool.tokens_held(row) * pool.layout.num_layers for pool in self._pools for row in self.rows
+        )
+        elements = 2 * tokens * self._shape.num_kv_heads * self._shape.head_dim
         return 8 * self.bytes_held / max(elements, 1)
 
     @property
@@ -239,7 +273,7 @@ class QuantizedCache(Cache):
         for pool in self._pools:
             layout = pool.layout
             for row in self.rows:
-                elements += pool.length(row) * layout.num_layers * layout.num_kv_heads * layout.head_dim
+                elements += pool.tokens_held(row) * layout.num_layers * layout.num_kv_heads * layout.head_dim
                 if not layout.spec.is_exact:
                     kept += int(pool.tensors["key_outlier_count"][:, pool.blocks_of(row)].sum())
         return kept / max(elements, 1)
@@ -249,90 +283,34 @@ class QuantizedCache(Cache):
         """The block pools, one per group of layers stored alike."""
         return self._pools
 
-    # ---- allocation ------------------------------------------------------------------------------------------
-
-    def _group_layers(self) -> None:
-        """Layers of one spec share block ids."""
-        groups: dict[Any, list[int]] = {}
-        for layer, quantizer in enumerate(self._quantizers):
-            groups.setdefault(quantizer.spec, []).append(layer)
-        dtype = self._model.dtype
-        self._layouts, place = [], {}
-        for index, (spec, layers) in enumerate(groups.items()):
-            self._layouts.append(
-                BlockLayout(
-                    spec,
-                    len(layers),
-                    self._shape.num_kv_heads,
-                    self._shape.head_dim,
-                    dtype,
-                    self._block_size,
-                    self._spill_headroom,
-                )
-            )
-            place.update({layer: (index, i) for i, layer in enumerate(layers)})
-        self._place = [place[layer] for layer in range(len(self._quantizers))]
-
     def _allocate(self, max_sequences: int) -> None:
-        per_block = sum(layout.provisioned_block_bytes for layout in self._layouts)
-        columns = self._layouts[0].blocks_for(self._max_length)
-        if self._num_blocks is not None:
-            num_blocks = self._num_blocks
-        elif self._budget_gib is not None:
-            num_blocks = int(self._budget_gib * 2**30) // per_block
-            if num_blocks < 1:
-                raise PoolExhausted(
-                    f"cache.memory_budget_gib must hold at least one block of {per_block} bytes, got {self._budget_gib}; "
-                    f"try {per_block / 2**30:.4f} or a smaller cache.block_size"
-                )
-        else:
-            num_blocks = max_sequences * columns
         device = next(self._model.parameters()).device
-        available = _available_bytes(device)
-        if num_blocks * per_block > available:
-            raise PoolExhausted(
-                f"the cache needs {num_blocks * per_block / 2**30:.2f} GiB and {available / 2**30:.2f} GiB are free; "
-                f"try cache.num_blocks={max(1, available // per_block)}, which fits"
-            )
-        self._pools = [
-            BlockPool(
-                layout,
-                num_blocks,
-                max_sequences=max_sequences,
-                max_blocks_per_sequence=min(columns, num_blocks),
-                device=device,
-            )
-            for layout in self._layouts
-        ]
+        self._pools = allocate_pools(self._groups, self._size, max_sequences, device)
 
     # ---- one forward call ------------------------------------------------------------------------------------
 
-    def begin(self, batch: int, columns: int, attention_mask: Tensor | None, rotary: nn.Module) -> None:
+    def begin(self, batch: int, columns: int, attention_mask: Tensor | None, rotary: Any) -> None:
         """Lay out a forward call over [batch, columns] ids and reserve its blocks (called by the model's pre-hook).
 
         Raises:
-            DataError: an empty prompt, or one beyond the context.
+            DataError: no token at all, one beyond the context, or a mix that a long rope cannot turn.
             PoolExhausted: no room; everything stored is intact.
         """
-        if self._packed is not None:
-            rows, lengths = self._packed
-            self._token_index = None
-        else:
-            if not self.rows:
-                self.open(batch)
-            if len(self.rows) != batch:
-                raise DataError(
-                    f"the cache holds {len(self.rows)} sequences and the batch {batch}; pass a fresh kv.new_cache()"
-                )
-            rows = self.rows
-            lengths, self._token_index = _valid_tokens(batch, columns, attention_mask)
+        rows, lengths = self._packed or self._padded_rows(batch, columns, attention_mask)
         _check_prompts(lengths)
-        longest = max(self.length(row) + n for row, n in zip(rows, lengths, strict=True))
+        past = [self.length(row) for row in rows]
+        longest = max(p + n for p, n in zip(past, lengths, strict=True))
         if longest > self._max_length:
             raise DataError(
                 f"a sequence may hold {self._max_length} tokens (the model's context), got {longest}; "
                 "shorten the prompt or raise model.max_length"
             )
+        if self._rope_length is not None and longest > self._rope_length:
+            raise DataError(f"rope_length must be at least {longest} (a sequence), got {self._rope_length}")
+        if self._rope_switch is not None and self._rope_length is None:
+            # A padded batch follows its longest sequence, as the model itself does.
+            whole = (past, lengths) if self._packed else ([max(past)], [longest - max(past)])
+            check_rope_switch(self._rope_switch, *whole)
         self._steps = []
         try:
             for pool in self._pools:
@@ -340,9 +318,32 @@ class QuantizedCache(Cache):
         except PoolExhausted:
             self.abandon()
             raise
-        cos, sin = _rotary_tables(rotary, self._steps[0].positions)
-        self._rope = (self._key_rope(rotary, longest), cos, sin)
-        self._columns = columns
+        self._ropes = {
+            kind: call_rope(
+                rotary,
+                kind,
+                self._steps[0].positions,
+                longest=longest,
+                rope_length=self._rope_length or longest,
+                tile=blocks_per_tile(self._block_size) * self._block_size,
+            )
+            for kind in dict.fromkeys(self._rope_types)
+        }
+        # A packed call is as wide as the same one padded: generate() then finds its new tokens behind.
+        self._columns = max(lengths) if self._packed else columns
+
+    def _padded_rows(self, batch: int, columns: int, mask: Tensor | None) -> tuple[list[int], list[int]]:
+        """Rows with new tokens in a padded batch, and how many each has; remembers where the tokens stand."""
+        if not self.rows:
+            self.open(batch)
+        if len(self.rows) != batch:
+            raise DataError(
+                f"the cache holds {len(self.rows)} sequences and the batch {batch}; pass a fresh kv.new_cache()"
+            )
+        lengths, self._token_index = _valid_tokens(batch, columns, mask)
+        # A chunk of a left-padded batch may hold nothing but padding of a short sequence.
+        present = [(row, n) for row, n in zip(self.rows, lengths, strict=True) if n]
+        return [row for row, _ in present], [n for _, n in present]
 
     def finish(self) -> None:
         """Make the call's tokens part of their sequences.
@@ -386,14 +387,14 @@ class QuantizedCache(Cache):
     ) -> Tensor:
         """Store one layer's new keys and values and attend; [B, heads, S, D] in, [B, S, Hq, D] out."""
         self.check_in_call()
+        assert window == self._groups[self._place[layer][0]].window, "the window is the module's own"
         B, Hq, S, D = query.shape
         pool_index, inner = self._place[layer]
         step = self._steps[pool_index]
         q, k, v = (x.transpose(1, 2).reshape(B * S, -1, D) for x in (query, keys, values))
         if self._token_index is not None:
             q, k, v = q[self._token_index], k[self._token_index], v[self._token_index]
-        assert self._rope is not None
-        rope, cos, sin = self._rope
+        rope, cos, sin = self._ropes[self._rope_types[layer]]
         attention = PrefillQuantizedAttention(
             self._quantizers[layer],
             self._block_size,
@@ -415,24 +416,14 @@ class QuantizedCache(Cache):
             out = padded
         return out.view(B, S, Hq, D)
 
-    def _key_rope(self, rotary: nn.Module, longest: int) -> Rope:
-        tile = blocks_per_tile(self._block_size) * self._block_size
-        device = self._pools[0].device
-        cos, sin = _rotary_tables(rotary, torch.arange(tile, device=device))
-        base_cos, base_sin = _rotary_tables(rotary, torch.arange(-(-longest // tile), device=device) * tile)
-        half = cos.shape[-1] // 2
-        factor = float(getattr(rotary, "attention_scaling", 1.0))
-        return Rope(cos[:, :half], sin[:, :half], base_cos[:, :half] / factor, base_sin[:, :half] / factor)
-
 
 def _valid_tokens(batch: int, columns: int, mask: Tensor | None) -> tuple[list[int], Tensor | None]:
     """Lengths of the new tokens of a padded batch, and their flat indices (None: there is no padding)."""
-    if mask is None or columns == 1:
+    if mask is None:
         return [columns] * batch, None
-    if mask.dim() != 2:
-        raise DataError(
-            f"attention_mask must be [batch, tokens], got {list(mask.shape)}; pass the tokenizer's own mask"
-        )
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise DataError(f"attention_mask must be [batch, tokens], got {got}; pass the tokenizer's own mask")
     valid = mask[:, -columns:].bool()
     lengths = valid.sum(1).tolist()
     if min(lengths) == columns:
@@ -443,16 +434,3 @@ def _valid_tokens(batch: int, columns: int, mask: Tensor | None) -> tuple[list[i
 def _check_prompts(lengths: Sequence[int]) -> None:
     if not lengths or min(lengths) < 1:
         raise DataError("every prompt must hold at least 1 token, got 0; drop empty prompts")
-
-
-def _rotary_tables(rotary: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The model's own cos and sin in fp32, [n, R] each."""
-    like = torch.empty(0, dtype=torch.float32, device=positions.device)
-    cos, sin = rotary(like, positions[None])
-    return cos[0], sin[0]
-
-
-def _available_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from transformers import PreTrainedModel
 
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.errors import ModelError
-from kvquant.models.attention_hook import replaced_attention
+from kvquant.models.attention_hook import forward_hooks, replaced_attention
 from kvquant.models.cache import QuantizedCache
 from kvquant.models.loading import ModelShape, model_shape
+from kvquant.models.rotary import rope_switch
 
 
 class KVHandle:
@@ -27,14 +29,16 @@ class KVHandle:
         defaults: dict[str, Any],
     ) -> None:
         self.model, self.quantizers, self.shape, self._defaults = model, quantizers, shape, defaults
+        self._latest: weakref.ref[QuantizedCache] | None = None  # whose length was asked for last
 
     def new_cache(self, **settings: Any) -> QuantizedCache:
         """Preallocate a cache.
 
         Args:
             settings: any of ``num_blocks``, ``memory_budget_gib``, ``max_sequences``, ``block_size``,
-                ``prefill_reads``, ``backend``, ``spill_headroom``, ``max_length``. Without a size, the first call
-                allocates for its sequences at the model's full context.
+                ``prefill_reads``, ``backend``, ``spill_headroom``, ``max_length``, ``rope_length`` (tokens at which
+                rotary frequencies that depend on the length are taken; without it, that of each call's longest
+                sequence). Without a size, the first call allocates for its sequences at the model's full context.
 
         Raises:
             PoolExhausted: the size asked for does not fit the memory; says what would.
@@ -48,13 +52,31 @@ class KVHandle:
             "prefill_reads": "quantized",
             "backend": "auto",
             "max_length": self.shape.max_length,
+            "rope_length": None,
         }
         unknown = set(settings) - set(known)
         if unknown:
             raise TypeError(f"new_cache takes {', '.join(known)}, got {', '.join(sorted(unknown))}")
-        return QuantizedCache(
+        cache = QuantizedCache(
             self.model, self.quantizers, self.shape, **{**known, **self._defaults, **settings}
         )
+        cache.when_asked = self._note
+        return cache
+
+    def _note(self, cache: QuantizedCache) -> None:
+        self._latest = weakref.ref(cache)
+
+    def _emptied_for_long_rope(self, columns: int, rotary: Any) -> QuantizedCache | None:
+        """The cache to fill anew when generate() drops it because a long rope changes its frequencies (Phi-3).
+
+        It has asked that cache for its length just before, to find out.
+        """
+        switch = rope_switch(rotary)
+        cache = None if self._latest is None else self._latest()
+        if switch is None or cache is None or not cache.num_columns <= switch < columns:
+            return None
+        cache.reset()
+        return cache
 
 
 @contextlib.contextmanager
@@ -77,15 +99,26 @@ def quantized_kv_cache(model: PreTrainedModel, calibration: Any, **defaults: Any
             f"the calibration must be for {shape.num_layers} layers of {shape.num_kv_heads} heads x {shape.head_dim}, "
             f"got {len(found)} layers of {found[0] if found else 'nothing'}; calibrate this model"
         )
-    device = next(model.parameters()).device
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise ModelError(
+            f"the model must lie on one device, got {', '.join(sorted(map(str, devices)))}; load it with a device_map "
+            "that names one"
+        )
+    (device,) = devices
     quantizers = [q.to(device) for q in quantizers]
+    handle = KVHandle(model, quantizers, shape, defaults)
     decoder: Any = model.get_decoder()
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = _our_cache(kwargs.get("past_key_values"))
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        shape_of = ids if ids is not None else kwargs["inputs_embeds"]
-        cache.begin(shape_of.shape[0], shape_of.shape[1], kwargs.get("attention_mask"), decoder.rotary_emb)
+        batch, columns = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = handle._emptied_for_long_rope(columns, decoder.rotary_emb)
+        cache = _our_cache(cache)
+        cache.begin(batch, columns, kwargs.get("attention_mask"), decoder.rotary_emb)
+        return args, {**kwargs, "past_key_values": cache}
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values")
@@ -116,16 +149,8 @@ def quantized_kv_cache(model: PreTrainedModel, calibration: Any, **defaults: Any
             kwargs.get("softcap"),
         )
 
-    with replaced_attention(model, attend):
-        handles = [
-            decoder.register_forward_pre_hook(before, with_kwargs=True),
-            decoder.register_forward_hook(after, with_kwargs=True, always_call=True),
-        ]
-        try:
-            yield KVHandle(model, quantizers, shape, defaults)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with replaced_attention(model, attend), forward_hooks([decoder], before=before, after=after):
+        yield handle
 
 
 def _our_cache(cache: Any) -> QuantizedCache:

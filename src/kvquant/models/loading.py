@@ -15,16 +15,19 @@ from transformers.utils import logging
 
 import kvquant
 from kvquant.errors import ModelError
+from kvquant.models.attention_hook import attention_modules
+from kvquant.models.families import check_family, layer_window
 
 SHIPPED_MODEL = Path(kvquant.__file__).parent / "assets" / "tiny"
-# Families whose attention hands pre-RoPE keys to the cache the way `attention_hook` expects.
-SUPPORTED_FAMILIES = ("llama",)
 _T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What the cache needs to know of a model: L layers, Hq query heads, H KV heads, D head_dim."""
+    """What the cache needs to know of a model: L layers, Hq query heads, H KV heads, D head_dim.
+
+    ``windows`` holds each layer's sliding window in tokens, None where a layer sees everything.
+    """
 
     family: str
     num_layers: int
@@ -32,6 +35,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     max_length: int
+    windows: tuple[int | None, ...]
 
 
 def resolve_path(path: str | Path | None) -> Path:
@@ -130,12 +134,7 @@ def model_shape(model: nn.Module) -> ModelShape:
         ModelError: the family is not supported; names it and the reason.
     """
     config: Any = model.config
-    family = str(config.model_type)
-    if family not in SUPPORTED_FAMILIES:
-        raise ModelError(
-            f"model family must be one of {', '.join(SUPPORTED_FAMILIES)}, got {family}: its attention has not been "
-            "fitted to the blocks yet; try a Llama-architecture model"
-        )
+    family = check_family(config)
     heads = config.num_attention_heads
     return ModelShape(
         family=family,
@@ -144,6 +143,7 @@ def model_shape(model: nn.Module) -> ModelShape:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         max_length=config.max_position_embeddings,
+        windows=tuple(layer_window(module) for module in attention_modules(model)),
     )
 
 
