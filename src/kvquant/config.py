@@ -30,7 +30,6 @@ class ModelConfig:
     path: str | None = MISSING  # None: the model shipped with the package
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     device_map: str | None = None
-    attn_implementation: str | None = None
     trust_remote_code: bool = False
     revision: str | None = None
     max_length: int | None = None
@@ -141,7 +140,6 @@ class PrefillTask(TaskConfig):
     name: str = "prefill"
     memory_budget_gib: float = 1.0
     repeats: int = 3
-    baseline: bool = True
     figures: bool = True
 
     @staticmethod
