@@ -320,7 +320,6 @@ class BlockPool:
         errors = self.error.tolist()
         found = [(layer, kind, channel) for layer, (kind, channel) in enumerate(errors) if kind]
         if found:
-            self.error.zero_()
             self.rollback()
             raise _as_exception(*found[0], self.layout)
         for row, new in zip(self._pending.rows, self._pending.lengths, strict=True):

@@ -148,6 +148,9 @@ def main(app: Callable[[], Any], argv: Sequence[str]) -> int:
     """
     from hydra._internal.utils import get_args_parser
 
+    # Before torch loads its threads: on a machine that does anything else besides, threads that spin while they wait
+    # starve the ones that work, and a run of a minute takes four.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     register_schemas()
     args = get_args_parser().parse_args(list(argv))
     if args.help:

@@ -54,7 +54,7 @@ class RaggedStep:
         past: tokens stored before this call, per sequence (host).
         lengths: new tokens, per sequence (host).
         rows: rows of the block table, int64 [B].
-        block_table: ids of the blocks of each sequence, int32 [B, M]; unused entries are 0.
+        block_table: ids of the blocks of each sequence, int32 [B, M]; unused entries are any valid id.
         token_sequence: index into the batch of every token, int64 [T].
         positions: position of every token in its sequence, int64 [T].
         slot_block: block that takes each token, int64 [T].
