@@ -50,11 +50,13 @@ def fresh_content(layer, tokens):
     return quantizer.dequantize(packed)
 
 
-def make_pool(num_blocks=NUM_BLOCKS, *, chunks=64, sequences=MAX_SEQUENCES, spec=SPEC):
+def make_pool(num_blocks=NUM_BLOCKS, *, chunks=64, sequences=MAX_SEQUENCES, spec=SPEC, window=None):
     """A pool with as many spill chunks as its layout provides (20 for 10 blocks), but at least ``chunks``."""
     layout = BlockLayout(spec, LAYERS, HEADS, HEAD_DIM, torch.float32, BLOCK, spill_headroom=1.0)
     with mock.patch.object(block_pool, "_MIN_CHUNKS", chunks):
-        return BlockPool(layout, num_blocks, max_sequences=sequences)
+        return BlockPool(
+            layout, num_blocks, max_sequences=sequences, max_blocks_per_sequence=64, window=window
+        )
 
 
 def write(pool, step, tokens, *, spoil=None):
@@ -72,15 +74,16 @@ def append(pool, row, tokens):
 
 
 def content(pool, layer, row):
-    """Dequantized keys and values of a stored sequence, [n, H, D] each."""
-    store, length = pool.layers[layer], pool.length(row)
-    if not length:
+    """Dequantized keys and values of the tokens that a sequence holds, [n, H, D] each."""
+    store, held = pool.layers[layer], pool.tokens_held(row)
+    if not held:
         return torch.empty(2, 0, HEADS, HEAD_DIM).unbind()
     ids = torch.tensor([pool.blocks_of(row)])
-    out = [tile[0, :, :length].transpose(0, 1).clone() for tile in quantizers()[layer].reader(store)(ids)]
-    for x, sink in zip(out, (store.sink_keys, store.sink_values), strict=True):
-        count = min(SPEC.sink_tokens, length)
-        x[:count] = sink[row, :count]
+    out = [tile[0, :, :held].transpose(0, 1).clone() for tile in quantizers()[layer].reader(store)(ids)]
+    if held == pool.length(row):  # else the sink tokens have passed out of the window
+        for x, sink in zip(out, (store.sink_keys, store.sink_values), strict=True):
+            count = min(SPEC.sink_tokens, held)
+            x[:count] = sink[row, :count]
     return out
 
 
@@ -128,15 +131,23 @@ def held_blocks(pool):
 class PoolMachine(RuleBasedStateMachine):
     """Random verbs on a small pool, against a plain model: the list of bank tokens of every sequence."""
 
-    @initialize(chunks=st.sampled_from([1, 40, 80]))
-    def start(self, chunks):
-        self.pool = make_pool(chunks=chunks)
+    @initialize(chunks=st.sampled_from([1, 40, 80]), window=st.sampled_from([None, None, 12, 1]))
+    def start(self, chunks, window):
+        self.pool = make_pool(chunks=chunks, window=window)
         self.tokens: dict[int, tuple[int, ...]] = {self.pool.add_sequence(): (), self.pool.add_sequence(): ()}
+        # Blocks that each sequence has given back to the window, once and for all.
+        self.passed = dict.fromkeys(self.tokens, 0)
         self.before_pending = {}
 
     def settled(self):
         """What the pool holds, a call that was left pending not counted."""
         return self.before_pending if self.pool._pending is not None else snapshot(self.pool)
+
+    def passed_at(self, length):
+        """Blocks of which the next token of a sequence of ``length`` tokens sees nothing."""
+        window = self.pool.window
+        seen = range(length + 1) if window is None else range(length + 1)[-window:]
+        return seen[0] // BLOCK
 
     # ---- verbs --------------------------------------------------------------------------------------------------
 
@@ -145,7 +156,7 @@ class PoolMachine(RuleBasedStateMachine):
     def add(self):
         row = self.pool.add_sequence()
         assert row not in self.tokens
-        self.tokens[row] = ()
+        self.tokens[row], self.passed[row] = (), 0
 
     def reserve_and_write(self, data, spoil=None):
         """One call over some of the sequences up to (not including) its end; None if the blocks ran out."""
@@ -183,6 +194,7 @@ class PoolMachine(RuleBasedStateMachine):
         else:
             for row, tokens in new.items():
                 self.tokens[row] += tokens
+                self.passed[row] = max(self.passed[row], self.passed_at(len(self.tokens[row])))
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), channel=st.integers(0, HEADS * HEAD_DIM - 1), layer=st.integers(0, LAYERS - 1))
@@ -224,8 +236,8 @@ class PoolMachine(RuleBasedStateMachine):
                 assert no_block or len(self.tokens) == MAX_SEQUENCES
         else:
             assert new not in self.tokens
-            self.tokens[new] = self.tokens[row]
-            full = len(self.tokens[row]) // BLOCK
+            self.tokens[new], self.passed[new] = self.tokens[row], self.passed[row]
+            full = len(self.tokens[row]) // BLOCK - self.passed[row]
             assert self.pool.blocks_of(new)[:full] == self.pool.blocks_of(row)[:full]
 
     @precondition(lambda self: self.tokens)
@@ -239,7 +251,11 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.crop(row, length)
         except PoolExhausted:
             assert snapshot(self.pool) == before
+        except ValueError as error:
+            assert "sliding window" in str(error) and self.passed_at(length) < self.passed[row]
+            assert snapshot(self.pool) == before
         else:
+            assert self.passed_at(length) >= self.passed[row]
             self.tokens[row] = self.tokens[row][:length]
 
     # ---- what always holds --------------------------------------------------------------------------------------
@@ -252,11 +268,12 @@ class PoolMachine(RuleBasedStateMachine):
         assert sorted(pool.sequences) == sorted(self.tokens)
         for row, tokens in self.tokens.items():
             assert pool.length(row) == len(tokens)
-            assert len(pool.blocks_of(row)) == pool.layout.blocks_for(len(tokens))
-            assert pool.block_table[row, : len(pool.blocks_of(row))].tolist() == pool.blocks_of(row)
+            first, last = self.passed[row], pool.layout.blocks_for(len(tokens))
+            assert len(pool.blocks_of(row)) == last - first
+            assert pool.block_table[row, first:last].tolist() == pool.blocks_of(row)
             for layer in range(LAYERS if tokens else 0):
                 for x, truth in zip(content(pool, layer, row), fresh_content(layer, tokens), strict=True):
-                    assert torch.equal(x, truth)
+                    assert torch.equal(x, truth[first * BLOCK :])
 
     @invariant()
     def only_full_blocks_are_shared(self):
@@ -387,6 +404,19 @@ def test_crop_of_a_shared_block_needs_a_block_for_the_copy():
     assert snapshot(pool) == before
     pool.crop(other, 8)
     assert pool.blocks_in_use == 2 and pool.length(row) == 16
+
+
+def test_crop_of_a_shared_block_behind_a_window_is_written_where_the_table_counts_from():
+    pool = make_pool(window=8)
+    row = pool.add_sequence()
+    append(pool, row, range(24))
+    other = pool.fork(row)
+    pool.crop(other, 23)
+    assert pool.tokens_held(other) == 7 and pool.blocks_of(other) != pool.blocks_of(row)
+    assert pool.block_table[other, :3].tolist() == [0, 0, *pool.blocks_of(other)]
+    assert pool.block_table[row, :3].tolist() == [0, 0, *pool.blocks_of(row)]
+    for x, truth in zip(content(pool, 1, other), fresh_content(1, tuple(range(23))), strict=True):
+        assert torch.equal(x, truth[16:])
 
 
 @pytest.mark.parametrize("length", [-1, 21])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
-from kvquant.kernels import SPILL_ENTRIES, Rope, get_backend
+from kvquant.kernels import OPERATIONS, SPILL_ENTRIES, Rope, get_backend
 from kvquant.spec import QuantSpec
 
 HEADS = 2
@@ -66,6 +67,22 @@ def chain_length(pool):
     """Most spill chunks behind one (block, head)."""
     base = pool.layout.key_outlier_base
     return -(-(int(pool.tensors["key_outlier_count"].max()) - base) // SPILL_ENTRIES)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_backends_take_the_same_arguments(operation):
+    ours, truth = (
+        inspect.signature(getattr(get_backend(b), operation)) for b in ("pytorch_fused", "reference")
+    )
+    assert ours == truth
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("triton", "not available yet"), ("trition", "must be one of auto")]
+)
+def test_other_backends_are_refused(name, message):
+    with pytest.raises(ValueError, match=f"{message}.* try auto|{message}.*kernel=pytorch_fused"):
+        get_backend(name)
 
 
 # -- quantize and dequantize ------------------------------------------------------------------------------------

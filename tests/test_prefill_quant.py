@@ -9,7 +9,8 @@ from torch import Tensor
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
-from kvquant.prefill_quant import PrefillQuantizedAttention
+from kvquant.kernels import Rope
+from kvquant.prefill_quant import PrefillQuantizedAttention, blocks_per_tile
 from kvquant.ragged import cumulative_lengths
 from kvquant.spec import QuantSpec
 
@@ -32,17 +33,22 @@ def pool_for(quantizer: BatchedKVQuantizer) -> tuple[BlockPool, list[int]]:
     return pool, [pool.add_sequence() for _ in LENGTHS]
 
 
-def attention(quantizer: BatchedKVQuantizer, reads: str) -> PrefillQuantizedAttention:
-    return PrefillQuantizedAttention(quantizer, BLOCK, D**-0.5, prefill_reads=reads)
+def attention(quantizer: BatchedKVQuantizer, reads: str, **settings: float) -> PrefillQuantizedAttention:
+    return PrefillQuantizedAttention(quantizer, BLOCK, D**-0.5, prefill_reads=reads, **settings)
 
 
-def softmax_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def softmax_attention(
+    query: Tensor, keys: Tensor, values: Tensor, window: int | None = None, softcap: float | None = None
+) -> Tensor:
     """Causal attention of the last queries of one sequence, grouped heads, in fp64."""
     q, k, v = (x.double().transpose(0, 1) for x in (query, keys, values))
     k, v = k.repeat_interleave(G, 0), v.repeat_interleave(G, 0)
     scores = q @ k.transpose(1, 2) * D**-0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     past = k.shape[1] - q.shape[1]
-    hidden = torch.arange(k.shape[1]) > torch.arange(q.shape[1])[:, None] + past
+    back = torch.arange(q.shape[1])[:, None] + past - torch.arange(k.shape[1])
+    hidden = (back < 0) | (back >= (window or k.shape[1]))
     return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
 
@@ -102,6 +108,48 @@ def test_a_chunk_reads_its_own_tokens_exactly_and_earlier_ones_quantized(
     stored = quantizer.dequantize(quantizer.quantize(keys, values, torch.tensor([0, 100]), block_size=BLOCK))
     k, v = (torch.cat([old[:60], new[60:]]) for old, new in zip(stored, (keys, values), strict=True))
     assert_same(out, softmax_attention(query[60:], k, v))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"window": 20}, {"softcap": 0.5}, {"window": 3, "softcap": 1.0}], ids=str
+)
+def test_window_and_softcap(quantizer: BatchedKVQuantizer, settings: dict[str, float]) -> None:
+    T = sum(LENGTHS)
+    query, keys, values = draw(T, 1, H * G), draw(T, 2, H), draw(T, 3, H)
+    offsets = torch.tensor(cumulative_lengths(LENGTHS))
+    stored = quantizer.dequantize(quantizer.quantize(keys, values, offsets, block_size=BLOCK))
+    pool, rows = pool_for(quantizer)
+    step = pool.reserve(rows, LENGTHS)
+    out = attention(quantizer, "quantized", **settings)(query, keys, values, pool.layers[0], step, None)
+    for actual, q, k, v in zip(*(sequences(x, LENGTHS) for x in (out, query, *stored)), strict=True):
+        assert_same(actual, softmax_attention(q, k, v, **settings))
+
+
+@pytest.mark.parametrize("rotary_dim", [D, D // 2], ids=["full", "partial"])
+def test_keys_are_rotated_as_they_are_read(quantizer: BatchedKVQuantizer, rotary_dim: int) -> None:
+    """More than one tile of history, so that tile bases and offsets both matter."""
+    T, tile = 1100, blocks_per_tile(BLOCK) * BLOCK
+    query, keys, values = draw(T, 1, H * G), draw(T, 2, H), draw(T, 3, H)
+    stored = quantizer.dequantize(quantizer.quantize(keys, values, [0, T], block_size=BLOCK))
+    frequency = 100.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+
+    def rotated(x: Tensor, first: int) -> Tensor:
+        """One pair (d, d + R/2) at a time is a complex number times exp(i * position * frequency)."""
+        angle = torch.arange(first, first + len(x))[:, None] * frequency
+        real, imaginary, rest = x.double().split([rotary_dim // 2, rotary_dim // 2, D - rotary_dim], dim=-1)
+        turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        return torch.cat([turned.real, turned.imag, rest], dim=-1)
+
+    angles = [torch.arange(n)[:, None] * unit * frequency for n, unit in ((tile, 1), (-(-T // tile), tile))]
+    rope = Rope(*(table.float() for angle in angles for table in (angle.cos(), angle.sin())))
+    pool = BlockPool(BlockLayout(quantizer.spec, 1, H, D, torch.float32, BLOCK), 40, max_sequences=1)
+    row, attend = pool.add_sequence(), attention(quantizer, "quantized")
+    for part in (slice(0, 1040), slice(1040, T)):
+        step = pool.reserve([row], [part.stop - part.start])
+        turned = rotated(query[part], part.start).float()
+        out = attend(turned, keys[part], values[part], pool.layers[0], step, rope)
+        pool.commit()
+    assert_same(out, softmax_attention(rotated(query[1040:], 1040), rotated(stored[0], 0), stored[1]))
 
 
 def test_other_reads_are_refused(quantizer: BatchedKVQuantizer) -> None:
