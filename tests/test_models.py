@@ -234,6 +234,17 @@ class TestCache:
             assert cache.length(cache.rows[0]) == 50
             torch.testing.assert_close(cache.append([more]), expected.append([more]))
 
+    def test_a_call_that_fails_in_one_group_of_layers_is_kept_in_none(self, small) -> None:
+        broken = copy.deepcopy(small)
+        mixed = [*quantized(small, bits=3)[:1], *quantized(small, bits=2)[1:]]
+        with torch.no_grad(), quantized_kv_cache(broken, mixed) as kv:
+            cache = kv.new_cache(num_blocks=8, max_sequences=1)
+            cache.append(prompts_of([50]))
+            broken.model.layers[2].self_attn.v_proj.weight[3] = torch.nan
+            with pytest.raises(NonFiniteActivations, match="layer 2, channel 3 "):
+                cache.append(prompts_of([4]))
+            assert [pool.length(cache.rows[0]) for pool in cache.pools] == [50, 50]
+
 
 class TestContext:
     def test_the_model_is_left_as_it_was_also_after_an_exception(self, small) -> None:

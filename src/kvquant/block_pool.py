@@ -54,6 +54,7 @@ class BlockPool:
         max_blocks_per_sequence: columns of the block table; default: all blocks.
         window: sliding window of the layers in tokens: blocks that no later token can see are given back when a call
             is committed, and the table keeps counting from the sequence's start. None: everything stays.
+        layer_numbers: what errors call the layers, default 0, 1, ...
         device: where everything lives.
     """
 
@@ -65,6 +66,7 @@ class BlockPool:
         max_sequences: int,
         max_blocks_per_sequence: int | None = None,
         window: int | None = None,
+        layer_numbers: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if num_blocks < 1 or max_sequences < 1:
@@ -74,6 +76,7 @@ class BlockPool:
             )
         self.layout, self.num_blocks, self.max_sequences = layout, num_blocks, max_sequences
         self.window = window
+        self.layer_numbers = range(layout.num_layers) if layer_numbers is None else layer_numbers
         self.device = torch.device(device)
         L = layout.num_layers
         # Zeros, not empty: a slot never written must still index inside its block.
@@ -310,18 +313,30 @@ class BlockPool:
         return RaggedStep.build(past, lengths, rows_t, table, self.layout.block_size)
 
     def commit(self) -> None:
-        """Make the pending call's tokens part of their sequences; the one place that reads the error word.
+        """:meth:`check`, then :meth:`advance`."""
+        self.check()
+        self.advance()
+
+    def check(self) -> None:
+        """Read the error word of the pending call, the one place that does.
 
         Raises:
             NonFiniteActivations: a key or value was NaN, infinite or too large for its 16-bit storage.
             PoolExhausted: outlier chunks ran out. In both cases the call is rolled back first.
         """
-        assert self._pending is not None, "commit without reserve"
         errors = self.error.tolist()
-        found = [(layer, kind, channel) for layer, (kind, channel) in enumerate(errors) if kind]
+        found = [
+            (layer, kind, channel)
+            for layer, (kind, channel) in zip(self.layer_numbers, errors, strict=True)
+            if kind
+        ]
         if found:
             self.rollback()
             raise _as_exception(*found[0], self.layout)
+
+    def advance(self) -> None:
+        """Make the pending call's tokens part of their sequences; apart from :meth:`check` for several pools."""
+        assert self._pending is not None, "commit without reserve"
         for row, new in zip(self._pending.rows, self._pending.lengths, strict=True):
             self._lengths[row] += new
             self._give_back(row)

@@ -353,8 +353,11 @@ class QuantizedCache(Cache):
             PoolExhausted: outlier chunks ran out. Nothing of the call is kept in either case.
         """
         try:
+            # All are asked before any advances: a call is kept whole or not at all.
             for pool in self._pools:
-                pool.commit()
+                pool.check()
+            for pool in self._pools:
+                pool.advance()
         except Exception:
             self.abandon()
             raise

@@ -90,6 +90,7 @@ def allocate_pools(
             # Blocks of a window come back, so that a sequence may outgrow the pool.
             max_blocks_per_sequence=columns if group.window else min(columns, num_blocks),
             window=group.window,
+            layer_numbers=group.layers,
             device=device,
         )
         for group in groups
