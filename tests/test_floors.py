@@ -22,6 +22,8 @@ FLOORS: list[tuple[str, int]] = [
     ("provenance", 0),
     ("results", 0),
     ("codebooks", 1),
+    ("encoding", 1),
+    ("value_outliers", 1),
     ("nuq", 1),
     ("packing", 1),
     ("blocked_sparse", 1),

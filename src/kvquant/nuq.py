@@ -21,6 +21,8 @@ from kvquant.codebooks import (
     qnorm_affine,
     uniform_codebook,
 )
+from kvquant.encoding import decode, encode, row_chunks
+from kvquant.value_outliers import split_value_outliers
 
 __all__ = [
     "WeightedHistogram",
@@ -118,55 +120,6 @@ def value_outlier_count(outlier_fraction: float, num_channels: int) -> int:
     return count
 
 
-def split_value_outliers(values: Tensor, num_outliers: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find each token's n smallest and n largest values, and the range of the rest; exact on ties.
-
-    Ties go to the lowest channel among the smallest and to the highest channel among the largest; -0.0 equals
-    0.0. Input must be finite: where NaN ranks is not defined.
-
-    Args:
-        values (Tensor): [T, C], floating point.
-        num_outliers (int): n, outliers at each end, as `value_outlier_count` gives it.
-
-    Returns:
-        tuple[Tensor, Tensor, Tensor]: outlier channels, ascending, [T, 2n], int32; lowest and highest of the
-        remaining values, each [T], fp32.
-
-    Raises:
-        ValueError: values is not [T, C] with C <= 65536, or 2n >= C.
-    """
-    if values.dim() != 2 or values.shape[1] > 1 << 16:
-        raise ValueError(f"values must be [tokens, at most 65536 channels], got shape {list(values.shape)}")
-    num_tokens, num_channels = values.shape
-    n = num_outliers
-    if not 0 <= 2 * n < num_channels:
-        raise ValueError(
-            f"num_outliers at each end must be at least 0 and below half of the {num_channels} channels, got {n}; "
-            "use value_outlier_count"
-        )
-    if n == 0:
-        lowest, highest = values.float().aminmax(dim=1)
-        return values.new_empty((num_tokens, 0), dtype=torch.int32), lowest + 0.0, highest + 0.0
-
-    indices = values.new_empty((num_tokens, 2 * n), dtype=torch.int32)
-    ranges = values.new_empty((2, num_tokens), dtype=torch.float32)
-    channel = torch.arange(num_channels, device=values.device)
-    # Small chunks: int64 keys are the largest temporaries of the whole encode path.
-    for rows in _row_chunks(values, _CHUNK_ELEMENTS // 4):
-        x = values[rows].float() + 0.0  # -0.0 becomes 0.0
-        # One int64 orders by value, then by channel, so that plain topk is exact on ties: two float topks cost
-        # as much and leave ties to chance. Flipping the lower bits of negatives makes fp32 bits sort as floats.
-        bits = x.view(torch.int32)
-        key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long().mul_(1 << 16).bitwise_or_(channel)
-        # The (n+1)-th at either end belongs to the rest: its extreme comes for free.
-        smallest = key.topk(n + 1, dim=1, largest=False).values & 0xFFFF
-        largest = key.topk(n + 1, dim=1).values & 0xFFFF
-        indices[rows] = torch.cat([smallest[:, :n], largest[:, :n]], dim=1).int().sort(dim=1).values
-        ranges[0, rows] = x.gather(1, smallest[:, n:]).squeeze(1)
-        ranges[1, rows] = x.gather(1, largest[:, n:]).squeeze(1)
-    return indices, ranges[0], ranges[1]
-
-
 def zero_and_scale(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Centre (u + l) / 2 and half width (u - l) / 2 of a range, fp32; x_norm = (x - zero) / scale."""
     lower, upper = lower.float(), upper.float()
@@ -176,70 +129,6 @@ def zero_and_scale(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 def _check_fraction(outlier_fraction: float) -> None:
     if not 0 <= outlier_fraction < 1:
         raise ValueError(f"outlier_fraction must be at least 0 and below 1, got {outlier_fraction}; try 0.01")
-
-
-# -- codes --------------------------------------------------------------------------------------------------
-
-
-def encode(x: Tensor, zero: Tensor, scale: Tensor, codebook_midpoints: Tensor) -> Tensor:
-    """Codes: how many decision boundaries zero + scale * midpoint are strictly below each element.
-
-    Args:
-        x (Tensor): elements, [T, ...], floating point.
-        zero (Tensor): centre of the range, broadcasts against x, as stored.
-        scale (Tensor): half width of the range, the same.
-        codebook_midpoints (Tensor): `midpoints(codebook)`, [2**bits - 1], fp32.
-
-    Returns:
-        Tensor: the shape of x, uint8. Outliers get a code like any other element: overwrite it.
-    """
-    codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-    zero, scale = zero.float(), scale.float()
-    mids = codebook_midpoints.float().to(x.device).unbind()
-    for rows in _row_chunks(x, _CHUNK_ELEMENTS):
-        part, count = x[rows].float(), codes[rows]
-        part_zero, part_scale = _rows_of(zero, x, rows), _rows_of(scale, x, rows)
-        above = torch.empty(part.shape, dtype=torch.bool, device=x.device)
-        for mid in mids:
-            # Two operations on purpose: a fused multiply-add rounds once and moves boundaries.
-            torch.gt(part, part_scale * mid + part_zero, out=above)
-            count += above.view(torch.uint8)
-    return codes
-
-
-def decode(codes: Tensor, zero: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    """Invert `encode`: codebook[code] * scale + zero, product and sum rounded separately.
-
-    Args:
-        codes (Tensor): [T, ...], uint8.
-        zero (Tensor): broadcasts against codes, as stored.
-        scale (Tensor): the same.
-        codebook (Tensor): centroids, [2**bits], fp32.
-
-    Returns:
-        Tensor: the shape of codes, fp32.
-    """
-    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    zero, scale, codebook = zero.float(), scale.float(), codebook.float().to(codes.device)
-    for rows in _row_chunks(codes, _CHUNK_ELEMENTS // 4):
-        part = out[rows]
-        torch.index_select(codebook, 0, codes[rows].reshape(-1).int(), out=part.view(-1))
-        part.mul_(_rows_of(scale, codes, rows)).add_(_rows_of(zero, codes, rows))
-    return out
-
-
-def _row_chunks(x: Tensor, num_elements: int) -> list[slice]:
-    """Slices of dimension 0 of about `num_elements` elements each, far more off the CPU, where launches cost."""
-    if x.device.type != "cpu":
-        num_elements *= 64
-    num_rows = len(x)
-    step = max(1, num_elements * num_rows // max(1, x.numel()))
-    return [slice(start, start + step) for start in range(0, num_rows, step)]
-
-
-def _rows_of(tensor: Tensor, like: Tensor, rows: slice) -> Tensor:
-    """The part of a tensor that broadcasts against `like[rows]`."""
-    return tensor[rows] if tensor.dim() == like.dim() and len(tensor) > 1 else tensor
 
 
 # -- calibration --------------------------------------------------------------------------------------------
@@ -263,7 +152,7 @@ def key_histogram(
     """
     zero, scale = zero_and_scale(lower, upper)
     histogram = WeightedHistogram()
-    for rows in _row_chunks(keys, _CHUNK_ELEMENTS):
+    for rows in row_chunks(keys, _CHUNK_ELEMENTS):
         x = keys[rows].float()
         keep = (x >= lower) & (x <= upper)
         _add_normalized(
@@ -287,7 +176,7 @@ def value_histogram(
         ValueError: 2n >= C, values or weight hold NaN or infinity, or weight is negative.
     """
     histogram = WeightedHistogram()
-    for rows in _row_chunks(values, _CHUNK_ELEMENTS):
+    for rows in row_chunks(values, _CHUNK_ELEMENTS):
         x = values[rows].float()
         indices, lowest, highest = split_value_outliers(x, num_outliers)
         keep = torch.ones(x.shape, dtype=torch.bool, device=x.device)

@@ -58,30 +58,32 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     widths = plane_widths(bits)
     _check_bytes("codes", codes)
-    num_codes = codes.shape[-1]
-    packed = codes.new_empty((*codes.shape[:-1], packed_row_bytes(num_codes, bits)))
-
-    start = code_shift = 0
+    start, planes = 0, []
     for width in widths:
-        plane_bytes = _plane_bytes(num_codes, width)
-        plane = packed[..., start : start + plane_bytes]
-        mask = (1 << width) - 1
-        # Byte w holds channels w, w + W, w + 2W, ..., not neighbours: RoPE's rotate-half partners (d, d + D/2)
-        # then share a byte, and each field of a run of bytes unpacks to one contiguous run of channels.
-        for field in range(8 // width):
-            first = min(field * plane_bytes, num_codes)
-            run = codes[..., first : first + plane_bytes]
-            shift = field * width - code_shift
-            bits_of_run = run & (mask << code_shift)
-            if shift:
-                bits_of_run = bits_of_run << shift if shift > 0 else bits_of_run >> -shift
-            if field == 0:
-                plane.copy_(bits_of_run)
-            else:
-                plane[..., : run.shape[-1]] |= bits_of_run
-        start += plane_bytes
-        code_shift += width
-    return packed
+        plane = codes >> start if start else codes
+        if bits < 8:
+            plane = plane & ((1 << width) - 1)
+        planes.append(_fold(plane, width))
+        start += width
+    return planes[0].contiguous() if len(planes) == 1 else torch.cat(planes, dim=-1)
+
+
+def _fold(plane: Tensor, width: int) -> Tensor:
+    """Lay the fields of a plane [..., D], each below 2**width, over each other: [..., plane_bytes].
+
+    Byte w holds channels w, w + W, w + 2W, ..., not neighbours: RoPE's rotate-half partners (d, d + D/2) then share
+    a byte, and each field of a run of bytes unpacks to one contiguous run of channels. So folding in halves, the
+    upper half moved up by as many bits as the lower half will fill, is all there is to it.
+    """
+    fields, num_codes = 8 // width, plane.shape[-1]
+    if num_codes % fields:
+        plane = torch.nn.functional.pad(plane, (0, -num_codes % fields))
+    while fields > 1:
+        fields //= 2
+        half = plane.shape[-1] // 2
+        # The sum is an or: the halves share no bit.
+        plane = torch.add(plane[..., :half], plane[..., half:], alpha=1 << (width * fields))
+    return plane
 
 
 def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:

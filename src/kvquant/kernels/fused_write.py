@@ -1,0 +1,206 @@
+"""Quantizing, packing and storing, vectorised in plain PyTorch: few passes, each over a chunk that stays in the cache.
+
+Counts of outliers are data, so this reads a few integers back from tensors (``nonzero``, whether all is finite). That
+is free on a CPU; on a GPU the triton backend exists so that nothing waits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvquant import nuq
+from kvquant.encoding import (
+    boundaries,
+    count_below,
+    nonzero_flat,
+    ordered,
+    ordered_floor,
+    ordered_range,
+    row_chunks,
+)
+from kvquant.kernels import (
+    ERROR_KEY_NOT_FINITE,
+    ERROR_OUT_OF_SPILL,
+    ERROR_VALUE_NOT_FINITE,
+    ExactStore,
+    KeyStore,
+    LayerConstants,
+    ValueStore,
+)
+from kvquant.kernels.outlier_append import append_key_outliers
+from kvquant.kernels.workers import map_rows
+from kvquant.packing import pack
+
+# The widest integer first: rows are then copied in as few moves as they allow.
+_WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
+
+
+def write_exact(x: Tensor, store: ExactStore, slot_block: Tensor, slot_offset: Tensor) -> None:
+    """Store keys or values as they are.
+
+    Args:
+        x: [T, H, D] in the store's dtype.
+        store: the layer's side of the pool.
+        slot_block: block of each token, int64 [T].
+        slot_offset: slot within the block, int64 [T].
+    """
+    store.data[slot_block, :, slot_offset] = x.to(store.data.dtype)
+
+
+def write_keys(
+    keys: Tensor,
+    store: KeyStore,
+    constants: LayerConstants,
+    slot_block: Tensor,
+    slot_offset: Tensor,
+    skip: Tensor | None,
+    error: Tensor,
+    *,
+    bits: int,
+) -> None:
+    """Quantize, pack and store keys, and append their outliers (design: static thresholds per channel).
+
+    Args:
+        keys: pre-RoPE keys, [T, H, D]; tokens of a (block, head) in rising slot order.
+        store: the layer's keys in the pool, written in place.
+        constants: thresholds and midpoints of the layer.
+        slot_block: block of each token, int64 [T].
+        slot_offset: slot within the block, int64 [T].
+        skip: sink tokens, stored elsewhere, bool [T], or None.
+        error: the pool's error word, int64 [2]; set on NaN, infinity or exhausted spill chunks, and then nothing
+            that was written counts.
+        bits: width of a code.
+    """
+    T, H, D = keys.shape
+    C = H * D
+    keys = keys.contiguous()
+    bounds = ordered_floor(
+        boundaries(constants.key_zero, constants.key_scale, constants.key_midpoints), keys.dtype
+    )
+    # What is not finite lies outside whatever the thresholds are, so that looking at outliers finds it.
+    low, high = ordered_range(constants.key_lower, constants.key_upper, keys.dtype)
+
+    def write(run: slice) -> Tensor:
+        found = []
+        for rows in row_chunks(keys[run]):
+            rows = slice(run.start + rows.start, run.start + rows.stop)
+            x = ordered(keys[rows])
+            codes = count_below(x, bounds)
+            outside = torch.clamp(x, low, high)
+            torch.ne(outside, x, out=outside)
+            if skip is not None:
+                sinks = skip[rows, None, None]
+                outside.masked_fill_(sinks, 0)
+                codes.masked_fill_(sinks, 0)
+            at = nonzero_flat(outside)
+            codes.view(-1).index_fill_(0, at, 0)
+            _put_rows(store.codes, slot_block[rows], slot_offset[rows], pack(codes, bits))
+            found.append(at + rows.start * C)
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    runs = map_rows(write, T, C) if keys.device.type == "cpu" else [write(slice(0, T))]
+    found = torch.cat(runs) if len(runs) > 1 else runs[0]
+    if skip is not None:
+        _check_finite(keys[skip].flatten(), ERROR_KEY_NOT_FINITE, error, C)
+    if not found.numel():
+        return
+    kept = keys.view(-1)[found].to(store.outlier_value.dtype)
+    if not _check_finite(kept, ERROR_KEY_NOT_FINITE, error, C, found):
+        return
+    row, channel = torch.div(found, D, rounding_mode="floor"), found % D
+    token, head = torch.div(row, H, rounding_mode="floor"), row % H
+    fits = append_key_outliers(slot_block[token] * H + head, slot_offset[token] * D + channel, kept, store)
+    if not fits:
+        _set_error(error, ERROR_OUT_OF_SPILL, 0)
+
+
+def write_values(
+    values: Tensor,
+    store: ValueStore,
+    constants: LayerConstants,
+    slot_block: Tensor,
+    slot_offset: Tensor,
+    skip: Tensor | None,
+    error: Tensor,
+    *,
+    bits: int,
+) -> None:
+    """Quantize, pack and store values with each token's own range and its 2n outliers per group.
+
+    Args:
+        values: [T, H, D].
+        store: the layer's values in the pool, written in place.
+        constants: midpoints of the layer's codebook.
+        slot_block: block of each token, int64 [T].
+        slot_offset: slot within the block, int64 [T].
+        skip: sink tokens, stored elsewhere, bool [T], or None.
+        error: the pool's error word, int64 [2].
+        bits: width of a code.
+    """
+    T, H, D = values.shape
+    C, VG = H * D, store.zero.shape[-1]
+    group, side = C // VG, store.zero.dtype
+    per_end = store.outlier_index.shape[-1] // VG // 2
+    values = values.contiguous()
+    grouped = values.view(T * VG, group)
+
+    def write(run: slice) -> tuple[Tensor, Tensor]:
+        """Returns what must be finite, [rows, K], and the channel of each in its layer."""
+        block, slot = slot_block[run], slot_offset[run]
+        x = grouped[run.start * VG : run.stop * VG]
+        index, lowest, highest = nuq.split_value_outliers(x, per_end)
+        zero, scale = (part.to(side) for part in nuq.zero_and_scale(lowest, highest))
+        index = index.long()
+        bounds = ordered_floor(
+            boundaries(zero[:, None], scale[:, None], constants.value_midpoints), values.dtype
+        )
+        for rows in row_chunks(values[run]):
+            tokens = slice(rows.start * VG, rows.stop * VG)
+            codes = count_below(ordered(x[tokens]), bounds[:, tokens]).scatter_(1, index[tokens], 0)
+            if skip is not None:
+                codes.view(-1, C).masked_fill_(skip[run][rows, None], 0)
+            _put_rows(store.codes, block[rows], slot[rows], pack(codes.view(-1, H, D), bits))
+        store.zero[block, slot], store.scale[block, slot] = zero.view(-1, VG), scale.view(-1, VG)
+        first = torch.arange(VG, device=values.device).view(1, VG, 1) * group
+        if not per_end:
+            # Without outliers the range must fit the 16-bit storage; with them, an outlier overflows first.
+            reach = torch.maximum(zero.abs(), scale).view(-1, VG)
+            return reach, first.view(1, VG) + x.abs().argmax(1).view(-1, VG)
+        kept = x.gather(1, index).to(side).view(-1, VG * 2 * per_end)
+        channel = (index.view(-1, VG, 2 * per_end) + first).view(-1, VG * 2 * per_end)
+        store.outlier_index[block, slot] = channel.to(torch.int16)
+        store.outlier_value[block, slot] = kept
+        return kept, channel
+
+    runs = map_rows(write, T, C) if values.device.type == "cpu" else [write(slice(0, T))]
+    checked, channel = runs[0] if len(runs) == 1 else (torch.cat(parts) for parts in zip(*runs, strict=True))
+    if skip is not None:
+        _check_finite(values[skip].flatten(), ERROR_VALUE_NOT_FINITE, error, C)
+        # What a sink token leaves here is never read, whether it fits or not.
+        checked = checked.masked_fill(skip[:, None], 0)
+    _check_finite(checked.flatten(), ERROR_VALUE_NOT_FINITE, error, C, channel.flatten())
+
+
+def _put_rows(store: Tensor, block: Tensor, slot: Tensor, packed: Tensor) -> None:
+    """Write packed rows [T, H, row_bytes] to their slots of a code tensor [N, H, BS, row_bytes]."""
+    for size, word in _WORDS:
+        if packed.shape[-1] % size == 0:
+            store, packed = store.view(word), packed.view(word)
+            break
+    store[block, :, slot] = packed
+
+
+def _check_finite(x: Tensor, kind: int, error: Tensor, C: int, channel: Tensor | None = None) -> bool:
+    """Record the first element of ``x`` [K] that is not finite; its channel is ``channel`` (or its place) modulo C."""
+    finite = torch.isfinite(x)
+    if bool(finite.all()):
+        return True
+    first = int(finite.to(torch.uint8).argmin())
+    _set_error(error, kind, (first if channel is None else int(channel[first])) % C)
+    return False
+
+
+def _set_error(error: Tensor, kind: int, channel: int) -> None:
+    if int(error[0]) == 0:
+        error.copy_(torch.tensor([kind, channel], dtype=error.dtype))
