@@ -60,17 +60,34 @@ def boundaries(zero: Tensor, scale: Tensor, codebook_midpoints: Tensor) -> Tenso
     return (scale * mids).add_(zero)
 
 
-def ordered(x: Tensor) -> Tensor:
+class Scratch:
+    """Arrays that a loop over chunks uses again and again: fresh ones would fault in their pages every time."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An array of the shape of `like`, its content arbitrary; valid until `name` is taken again."""
+        held, dtype = self._held.get(name), like.dtype if dtype is None else dtype
+        if held is None or held.numel() < like.numel() or held.dtype != dtype:
+            held = self._held[name] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        return held[: like.numel()].view(like.shape)
+
+
+def ordered(x: Tensor, scratch: Scratch | None = None) -> Tensor:
     """What `x` is compared as: fp32 as it is; 16-bit floats as int16 of the same order, both zeros 0.
 
-    NaN lies beyond infinity, on the side of its sign bit. Other types are cast to fp32.
+    NaN lies beyond infinity, on the side of its sign bit. Other types are cast to fp32. With `scratch`, the result
+    is its array "ordered".
     """
     if x.dtype not in _SIXTEEN_BIT:
         return x.float()
+    scratch = scratch or Scratch()
     bits = x.view(torch.int16)
     # Sign and magnitude to two's complement: ~bits of a negative is 0x7fff - magnitude.
-    sign = bits >> 15
-    return torch.add(bits ^ sign, sign, alpha=0x7FFF)
+    sign = torch.bitwise_right_shift(bits, 15, out=scratch.take("above", bits))
+    flipped = torch.bitwise_xor(bits, sign, out=scratch.take("ordered", bits))
+    return flipped.add_(sign, alpha=0x7FFF)
 
 
 def ordered_floor(bound: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,31 +112,32 @@ def ordered_range(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Ten
     return low, ordered_floor(upper, dtype)
 
 
-def count_below(x: Tensor, bounds: Tensor) -> Tensor:
+def count_below(x: Tensor, bounds: Tensor, scratch: Scratch | None = None) -> Tensor:
     """How many bounds lie strictly below each element.
 
     Args:
         x (Tensor): from `ordered`, [T, ...].
         bounds (Tensor): from `ordered_floor`, [M, ...], ascending; each broadcasts against x.
+        scratch (Scratch | None): where to work; the arrays "above" and "total" are taken.
 
     Returns:
         Tensor: the shape of x, uint8.
     """
-    count = len(bounds)
+    count, scratch = len(bounds), scratch or Scratch()
     if count > _MOST_PASSES:
         return _search(x, bounds)
     if x.numel() * count <= SERIAL_ELEMENTS:
         # A token or two: three operations in all.
         lead = [1] * (x.dim() + 1 - bounds.dim())
         return (x > bounds.view(count, *lead, *bounds.shape[1:])).sum(0, dtype=torch.uint8)
-    total = torch.empty_like(x)
-    torch.gt(x, bounds[0], out=total)
-    above = torch.empty_like(x)
-    for bound in bounds[1:]:
-        torch.gt(x, bound, out=above)
-        total.add_(above)
-    # Through int16, because fp32 to uint8 runs one element at a time.
-    return total.to(torch.int16).to(torch.uint8)
+    total = torch.gt(x, bounds[0], out=scratch.take("total", x))
+    above = scratch.take("above", x)
+    for bound in bounds[1:].unbind():
+        total.add_(torch.gt(x, bound, out=above))
+    if total.dtype == torch.float32:
+        # Through int16, because fp32 to uint8 runs one element at a time.
+        total = scratch.take("narrow", x, torch.int16).copy_(total)
+    return total.to(torch.uint8)
 
 
 def _search(x: Tensor, bounds: Tensor) -> Tensor:
@@ -163,11 +181,12 @@ def encode(x: Tensor, zero: Tensor, scale: Tensor, codebook_midpoints: Tensor) -
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     per_row = zero.dim() == x.dim() and len(zero) > 1
     fixed = None if per_row else ordered_floor(boundaries(zero, scale, codebook_midpoints), x.dtype)
+    scratch = Scratch()
     for rows in row_chunks(x):
         bounds = fixed
         if bounds is None:
             bounds = ordered_floor(boundaries(zero[rows], scale[rows], codebook_midpoints), x.dtype)
-        codes[rows] = count_below(ordered(x[rows]), bounds)
+        codes[rows] = count_below(ordered(x[rows], scratch), bounds, scratch)
     return codes
 
 

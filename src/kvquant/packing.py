@@ -117,18 +117,22 @@ def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
     start = code_shift = 0
     for width in widths:
         plane_bytes = _plane_bytes(num_codes, width)
-        mask = (1 << width) - 1
+        plane = packed[..., start : start + plane_bytes]
+        fields = codes if code_shift == 0 else torch.empty_like(codes)
         for field in range(8 // width):
-            first = min(field * plane_bytes, num_codes)
-            run = codes[..., first : first + plane_bytes]
-            fields = packed[..., start : start + run.shape[-1]] & (mask << (field * width))
-            shift = code_shift - field * width
-            if shift:
-                fields = fields << shift if shift > 0 else fields >> -shift
-            if code_shift == 0:
-                run.copy_(fields)
+            run = fields[..., field * plane_bytes : (field + 1) * plane_bytes]
+            source, up = plane[..., : run.shape[-1]], code_shift - field * width
+            if up > 0:
+                torch.bitwise_left_shift(source, up, out=run)
+            elif up < 0:
+                torch.bitwise_right_shift(source, -up, out=run)
             else:
-                run |= fields
+                run.copy_(source)
+        if bits < 8:
+            # One mask for the whole plane, not one per field.
+            fields &= ((1 << width) - 1) << code_shift
+        if code_shift:
+            codes |= fields
         start += plane_bytes
         code_shift += width
     return codes

@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from kvquant.encoding import SERIAL_ELEMENTS, nonzero_flat, ordered, row_chunks
+from kvquant.encoding import SERIAL_ELEMENTS, Scratch, nonzero_flat, ordered, row_chunks
 
 # Elements near the ends that are sorted at once, of as many tokens as that makes: enough to be worth the calls.
 _SORTED_TOGETHER = 1 << 13
@@ -88,14 +88,14 @@ def _many_tokens(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keys of those elements of [R, C] that can be among the ends, sorted, and where tokens start and end."""
     R, C = x.shape
     groups = _num_groups(C, count)
-    found, kept = [], []
+    found, kept, scratch = [], [], Scratch()
     for rows in row_chunks(x):
-        part = ordered(x[rows])
+        part = ordered(x[rows], scratch)
         by_group = part.view(-1, C // groups, groups)  # strided groups: extremes are taken lane by lane
         low = by_group.amin(1).topk(count, largest=False, sorted=False).values.amax(1, keepdim=True)
         high = by_group.amax(1).topk(count, sorted=False).values.amin(1, keepdim=True)
-        inside = torch.gt(part, low, out=torch.empty_like(part))
-        inside.mul_(torch.lt(part, high, out=torch.empty_like(part)))
+        inside = torch.gt(part, low, out=scratch.take("above", part))
+        inside.mul_(torch.lt(part, high, out=scratch.take("total", part)))
         at = nonzero_flat(inside.eq_(0))
         found.append(at + rows.start * C)
         kept.append(part.view(-1)[at])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvquant import nuq
 from kvquant.encoding import (
+    Scratch,
     boundaries,
     count_below,
     nonzero_flat,
@@ -82,12 +83,12 @@ def write_keys(
     low, high = ordered_range(constants.key_lower, constants.key_upper, keys.dtype)
 
     def write(run: slice) -> Tensor:
-        found = []
+        found, scratch = [], Scratch()
         for rows in row_chunks(keys[run]):
             rows = slice(run.start + rows.start, run.start + rows.stop)
-            x = ordered(keys[rows])
-            codes = count_below(x, bounds)
-            outside = torch.clamp(x, low, high)
+            x = ordered(keys[rows], scratch)
+            codes = count_below(x, bounds, scratch)
+            outside = torch.clamp(x, low, high, out=scratch.take("above", x))
             torch.ne(outside, x, out=outside)
             if skip is not None:
                 sinks = skip[rows, None, None]
@@ -155,9 +156,11 @@ def write_values(
         bounds = ordered_floor(
             boundaries(zero[:, None], scale[:, None], constants.value_midpoints), values.dtype
         )
+        scratch = Scratch()
         for rows in row_chunks(values[run]):
             tokens = slice(rows.start * VG, rows.stop * VG)
-            codes = count_below(ordered(x[tokens]), bounds[:, tokens]).scatter_(1, index[tokens], 0)
+            codes = count_below(ordered(x[tokens], scratch), bounds[:, tokens], scratch)
+            codes.scatter_(1, index[tokens], 0)
             if skip is not None:
                 codes.view(-1, C).masked_fill_(skip[run][rows, None], 0)
             _put_rows(store.codes, block[rows], slot[rows], pack(codes.view(-1, H, D), bits))

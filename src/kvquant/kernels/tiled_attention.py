@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvquant.kernels import Rope
+from kvquant.kernels.decode_attention import attend_decode, overlay_sinks, rotate
 from kvquant.ragged import RaggedStep, cumulative_lengths
 
 QUERY_TILE = 128
@@ -126,6 +127,19 @@ def attend_tiled(
         [T, Hq, D] in the query's dtype. Source of the merge: Milakov and Gimelshein 2018, online softmax.
     """
     _, Hq, D = query.shape
+    if exact is None and max(step.lengths) == 1:
+        return attend_decode(
+            query,
+            step,
+            read_tile,
+            rope,
+            sinks,
+            block_size=block_size,
+            blocks_per_tile=blocks_per_tile,
+            softmax_scale=softmax_scale,
+            window=window,
+            softcap=softcap,
+        )
     tile = block_size * blocks_per_tile
     plan = _schedule(step.lengths, step.past, tile, window, query.device)
     num_items, query_tile = plan.rows.shape
@@ -137,7 +151,7 @@ def attend_tiled(
         _, H, tokens, _ = keys.shape
         position = torch.arange(k * tile, k * tile + tokens, device=query.device)
         if sinks is not None and k * tile < sinks[0].shape[1]:
-            _overlay_sinks(keys, values, sinks, active.sequences, k * tile)
+            overlay_sinks(keys, values, sinks, active.sequences, k * tile)
         if exact is not None:
             _overlay_exact(keys, values, exact, plan, active.sequences, position)
         if active.has_unwritten:
@@ -150,8 +164,8 @@ def attend_tiled(
             values.masked_fill_(passed[:, None, :, None], 0.0)
         turned = queries
         if rope is not None:
-            keys = _rotate(keys, rope.offset_cos[:tokens], rope.offset_sin[:tokens])
-            turned = _rotate(queries, rope.base_cos[k], -rope.base_sin[k])
+            keys = rotate(keys, rope.offset_cos[:tokens], rope.offset_sin[:tokens])
+            turned = rotate(queries, rope.base_cos[k], -rope.base_sin[k])
         if state is None:
             state = (
                 torch.full((num_items, Hq, query_tile, 1), -torch.inf, device=query.device),
@@ -194,28 +208,6 @@ def _merge(
     total[items] = total[items] * fade + weights.sum(-1, keepdim=True)
     product = weights.view(num_items, H, -1, KT) @ values
     output[items] = output[items] * fade + product.view(num_items, Hq, QT, -1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R channels of [..., D] by half-split tables broadcast over [..., R/2] (Su et al. 2021)."""
-    half = cos.shape[-1]
-    if cos.dim() > 1 and x.stride(-2) == 1:
-        cos, sin = (table.t().contiguous().t() for table in (cos, sin))  # channel-major like the tile
-    first, second = x[..., :half], x[..., half : 2 * half]
-    out = torch.empty_like(x)  # keeps the memory order of a channel-major tile, which cat would not
-    torch.mul(first, cos, out=out[..., :half]).sub_(second * sin)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).add_(first * sin)
-    out[..., 2 * half :] = x[..., 2 * half :]
-    return out
-
-
-def _overlay_sinks(
-    keys: Tensor, values: Tensor, sinks: tuple[Tensor, Tensor], sequences: Tensor, start: int
-) -> None:
-    """Put the exact first tokens back into a tile that begins at position ``start``."""
-    count = min(sinks[0].shape[1] - start, keys.shape[2])
-    for tile, kept in ((keys, sinks[0]), (values, sinks[1])):
-        tile[:, :, :count] = kept[sequences, start : start + count].transpose(1, 2).to(tile.dtype)
 
 
 def _overlay_exact(

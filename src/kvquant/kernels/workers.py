@@ -16,11 +16,13 @@ from typing import TypeVar
 
 import torch
 
+from kvquant.encoding import SERIAL_ELEMENTS
+
 Result = TypeVar("Result")
 # Operations hold the interpreter's lock for about a tenth of their time.
 _MOST_WORKERS = 8
-# Below this a hand-over costs more than it saves.
-_LEAST_ELEMENTS = 1 << 18
+# Below this another worker costs more than it saves.
+_LEAST_ELEMENTS = 1 << 17
 
 
 def map_rows(function: Callable[[slice], Result], num_rows: int, row_elements: int) -> list[Result]:
@@ -34,9 +36,12 @@ def map_rows(function: Callable[[slice], Result], num_rows: int, row_elements: i
     Returns:
         the results in order of the rows. An exception of the function is raised here.
     """
-    count = min(torch.get_num_threads(), _MOST_WORKERS, num_rows * row_elements // _LEAST_ELEMENTS, num_rows)
-    if count <= 1:
+    elements = num_rows * row_elements
+    if elements <= SERIAL_ELEMENTS or torch.get_num_threads() == 1:
         return [function(slice(0, num_rows))]
+    workers = min(torch.get_num_threads(), _MOST_WORKERS)
+    # One worker is still better than this thread: its operations wake nobody.
+    count = max(1, min(workers, elements // _LEAST_ELEMENTS, num_rows))
     inference = torch.is_inference_mode_enabled()
 
     def work(rows: slice) -> Result:
@@ -44,7 +49,7 @@ def map_rows(function: Callable[[slice], Result], num_rows: int, row_elements: i
             return function(rows)
 
     edges = [num_rows * i // count for i in range(count + 1)]
-    futures = [_executor(count).submit(work, slice(a, b)) for a, b in itertools.pairwise(edges)]
+    futures = [_executor(workers).submit(work, slice(a, b)) for a, b in itertools.pairwise(edges)]
     return [future.result() for future in futures]
 
 
