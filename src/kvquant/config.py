@@ -317,19 +317,30 @@ class TrainTask(TaskConfig):
 
 @dataclass
 class QuantizeTask(TaskConfig):
-    """Speed of quantizing a prompt's keys and values into blocks, against the published way."""
+    """Speed of quantizing into blocks and attending over them, against the usual ways."""
 
     name: str = "quantize"
-    tokens: int = 2048
+    tokens: int = 8192
     channels: int = 4096
-    repeats: int = 5
+    repeats: int = 3
+    lengths: list[int] = field(default_factory=list)
+    length_channels: int = 1024
+    decode_tokens: int = 0
+    prefill_lengths: list[int] = field(default_factory=list)
+    prefill_layers: int = 2
 
     @staticmethod
     def check(task: Any) -> None:
         """Channels are whole heads of 128."""
         require(task.tokens >= 1, "task.tokens", "1 or more", task.tokens, "2048")
-        whole_heads = task.channels >= 128 and task.channels % 128 == 0
-        require(whole_heads, "task.channels", "a multiple of 128", task.channels, "4096")
+        for key in ("channels", "length_channels"):
+            whole_heads = task[key] >= 128 and task[key] % 128 == 0
+            require(whole_heads, f"task.{key}", "a multiple of 128", task[key], "4096")
+        for key in ("lengths", "prefill_lengths"):
+            require(all(n >= 1 for n in task[key]), f"task.{key}", "1 or more each", task[key], "[1024]")
+        require(task.decode_tokens != 1, "task.decode_tokens", "0, or 2 or more", task.decode_tokens, "8192")
+        require(task.decode_tokens >= 0, "task.decode_tokens", "0, or 2 or more", task.decode_tokens, "8192")
+        require(task.prefill_layers >= 1, "task.prefill_layers", "1 or more", task.prefill_layers, "2")
         require(task.repeats >= 1, "task.repeats", "1 or more", task.repeats, "5")
 
 

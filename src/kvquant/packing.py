@@ -110,32 +110,49 @@ def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
         )
     if packed.dim() > 1 and packed.stride(-2) == 1 < packed.stride(-1):
         # Channel-major rows stay so: runs of a row are short, runs of a channel over many rows vectorise.
-        codes = packed.new_empty((*packed.shape[:-2], num_codes, packed.shape[-2])).transpose(-1, -2)
-    else:
-        codes = packed.new_empty((*packed.shape[:-1], num_codes))
+        codes = packed.new_empty((*packed.shape[:-2], num_codes, packed.shape[-2]))
+        _unpack_planes(*_as_words(packed.transpose(-1, -2), codes), widths)
+        return codes.transpose(-1, -2)
+    codes = packed.new_empty((*packed.shape[:-1], num_codes))
+    _unpack_planes(packed[..., None], codes[..., None], widths)
+    return codes
 
+
+def _as_words(packed: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Eight bytes to an integer along the last dimension where that is possible: shifts of bytes do not vectorise."""
+    if packed.shape[-1] % 8 or not packed.is_contiguous() or packed.storage_offset() % 8:
+        return packed, codes
+    return packed.view(torch.int64), codes.view(torch.int64)
+
+
+def _unpack_planes(packed: Tensor, codes: Tensor, widths: tuple[int, ...]) -> None:
+    """Unpack rows of bytes, or of integers of several bytes each, [..., row_bytes, n] into codes [..., D, n].
+
+    What a shift carries into the next byte of an integer, the mask takes away.
+    """
+    ones = 0x0101010101010101 if codes.dtype == torch.int64 else 1
+    num_codes = codes.shape[-2]
     start = code_shift = 0
     for width in widths:
         plane_bytes = _plane_bytes(num_codes, width)
-        plane = packed[..., start : start + plane_bytes]
+        plane = packed[..., start : start + plane_bytes, :]
         fields = codes if code_shift == 0 else torch.empty_like(codes)
         for field in range(8 // width):
-            run = fields[..., field * plane_bytes : (field + 1) * plane_bytes]
-            source, up = plane[..., : run.shape[-1]], code_shift - field * width
+            run = fields[..., field * plane_bytes : (field + 1) * plane_bytes, :]
+            source, up = plane[..., : run.shape[-2], :], code_shift - field * width
             if up > 0:
                 torch.bitwise_left_shift(source, up, out=run)
             elif up < 0:
                 torch.bitwise_right_shift(source, -up, out=run)
             else:
                 run.copy_(source)
-        if bits < 8:
+        if width < 8:
             # One mask for the whole plane, not one per field.
-            fields &= ((1 << width) - 1) << code_shift
+            fields &= (((1 << width) - 1) << code_shift) * ones
         if code_shift:
             codes |= fields
         start += plane_bytes
         code_shift += width
-    return codes
 
 
 def _plane_bytes(num_codes: int, width: int) -> int:

@@ -170,8 +170,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = (table.t().contiguous().t() for table in (cos, sin))  # channel-major like the tile
     first, second = x[..., :half], x[..., half : 2 * half]
     out = torch.empty_like(x)  # keeps the memory order of a channel-major tile, which cat would not
-    torch.mul(first, cos, out=out[..., :half]).sub_(second * sin)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).add_(first * sin)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
     out[..., 2 * half :] = x[..., 2 * half :]
     return out
 

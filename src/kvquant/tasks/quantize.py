@@ -1,8 +1,8 @@
-"""``task=quantize``: quantize, pack and store a prompt's K and V, against the published way to find codes.
+"""``task=quantize``: what quantizing, packing, storing and attending over blocks cost without a model's help.
 
-The published way (KVQuant's simulated quantizer) normalizes, stacks one copy of |x - c| per centroid and takes argmin;
-values get their outlier thresholds from torch.quantile per token. It stores nothing. Both take turns in one run, and
-a copy of the same tensor stands beside them: only ratios inside one run mean much.
+Keys and values of a prompt go into blocks, in turns with the published way to find codes and with a copy of the same
+tensor; then, if asked for: the time per token at several lengths, decode attention over the blocks against
+dequantizing everything first, and the share of a 7B-wide model's prefill. Only ratios inside one run mean much.
 """
 
 from __future__ import annotations
@@ -17,52 +17,156 @@ from torch import Tensor
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
-from kvquant.kernels import LayerConstants, get_backend
+from kvquant.kernels import get_backend
 from kvquant.measure import Stopwatch
 from kvquant.spec import QuantSpec
+from kvquant.tasks.decode_ways import DecodeWays
+from kvquant.tasks.prefill_share import measure_prefill_share
+from kvquant.tasks.published_way import published_keys, published_values
 from kvquant.tasks.setup import progress
 
-HEAD_DIM = 128
+HEAD_DIM, BLOCK_SIZE = 128, 64
+CALIBRATION_TOKENS = 1024
+Ways = dict[str, Callable[[], object]]
 
 
 def run(cfg: Any, context: Any) -> None:
-    """Measure keys and values, our way and the published way.
+    """Measure everything that the task's settings name.
 
     Args:
         cfg: the composed configuration; the settings are those of ``QuantizeTask`` and the quant group.
         context: see :class:`kvquant.tasks.run_task.TaskContext`.
     """
     task, spec = cfg.task, QuantSpec(**dict(cfg.quant))
-    keys, values = (
-        _heavy_tailed(task.tokens, task.channels, cfg.seed + i).to(context.device) for i in range(2)
-    )
-    with context.console.status("calibrating"):
-        quantizer = BatchedKVQuantizer.calibrate(spec, keys, values).to(context.device)
-    ways = _ways(quantizer, keys, values, cfg.kernel.backend)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in progress(context.console)(range(task.repeats + 1), "quantizing", task.repeats + 1):
-        for name, action in ways.items():
-            with (watch := Stopwatch(context.device)):
-                action()
-            if turn:  # the first turn warms up
-                seconds[name].append(watch.total_s)
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
-    both = medians["keys_blocks"] + medians["values_blocks"]
-    metrics = {
-        **{f"{name}_s": s for name, s in medians.items()},
-        "speedup": (medians["keys_published"] + medians["values_published"]) / both,
-        "keys_over_copy": medians["keys_blocks"] / medians["copy"],
-        "values_over_copy": medians["values_blocks"] / medians["copy"],
+    metrics, console = context.record.metrics, context.console
+    rows = _quantize_speed(cfg, spec, context, metrics)
+    if task.lengths:
+        metrics["by_length"] = _by_length(cfg, spec, context)
+        per_token = metrics["by_length"]["s_per_token"]
+        rows.append(
+            [
+                "time per token",
+                f"{max(per_token) / min(per_token):.2f}x",
+                f"{min(task.lengths)} to {max(task.lengths)} tokens",
+            ]
+        )
+    if task.decode_tokens:
+        quantizer, keys, values = _calibrated(
+            spec, task.decode_tokens, task.channels, cfg.seed, context, torch.bfloat16
+        )
+        with console.status("decode attention"):
+            found = metrics["decode"] = DecodeWays(quantizer, keys, values, cfg.kernel.backend).measure(
+                task.repeats
+            )
+        rows.append(
+            [
+                "decode attention, one query",
+                f"{1e3 * found['over_blocks_s']:.1f}",
+                f"{1e3 * found['dequantize_then_attend_s']:.1f} (dequantize, then attend)",
+            ]
+        )
+        if found["peak_percent_of_dense_cache"] is not None:
+            rows.append(
+                [
+                    "its extra memory at most",
+                    f"{found['peak_percent_of_dense_cache']:.1f}% of the dense cache",
+                    f"{100 * found['dequantize_then_attend_peak_extra_bytes'] / found['dense_cache_bytes']:.0f}%",
+                ]
+            )
+        del quantizer, keys, values
+    if task.prefill_lengths:
+        with console.status("prefill of a 7B-wide model"):
+            found = metrics["prefill"] = measure_prefill_share(
+                spec,
+                list(task.prefill_lengths),
+                layers=task.prefill_layers,
+                repeats=task.repeats,
+                seed=cfg.seed,
+                backend=cfg.kernel.backend,
+                device=context.device,
+            )
+        rows.append(
+            [
+                "prefill, 7B width: storing",
+                f"{1e3 * found['store_s_quantized']:.1f}",
+                f"{found['store_percent_of_exact_ttft']:.1f}% of {1e3 * found['ttft_s_exact']:.0f} with quant=none",
+            ]
+        )
+        rows.append(
+            ["its time against quant=none", f"{found['paired_overhead_percent']:+.1f}%", "paired median"]
+        )
+    shape = f"fp32 [{task.tokens}, {task.channels}], {spec.key_bits}/{spec.value_bits} bits, {spec.outlier_fraction:.1%}"
+    context.record.set_table(f"{shape}, median ms", ["", "into blocks", "stack and argmin"], rows)
+
+
+def _quantize_speed(cfg: Any, spec: QuantSpec, context: Any, metrics: dict[str, Any]) -> list[list[str]]:
+    """Our way, the published way and a copy in turns; returns the table's rows."""
+    task = cfg.task
+    quantizer, keys, values = _calibrated(spec, task.tokens, task.channels, cfg.seed, context, torch.float32)
+    constants = quantizer.constants
+    assert constants is not None  # refused by validation: quant=none has nothing to quantize
+    flat, target = keys.view(len(keys), -1), torch.empty_like(keys).view(len(keys), -1)
+    ways = {
+        "copy": lambda: target.copy_(flat),
+        **_into_blocks(quantizer, keys, values, cfg.kernel.backend),
+        "keys_published": lambda: published_keys(flat, constants),
+        "values_published": lambda: published_values(
+            values.view(len(keys), -1), constants, spec.outlier_fraction
+        ),
     }
-    context.record.metrics.update(metrics)
-    rows = [
+    medians = _medians(ways, task.repeats, context, "quantizing")
+    both = medians["keys_blocks"] + medians["values_blocks"]
+    metrics.update(
+        {
+            **{f"{name}_s": s for name, s in medians.items()},
+            "speedup": (medians["keys_published"] + medians["values_published"]) / both,
+            "keys_over_copy": medians["keys_blocks"] / medians["copy"],
+            "values_over_copy": medians["values_blocks"] / medians["copy"],
+        }
+    )
+    return [
         ["keys", f"{1e3 * medians['keys_blocks']:.1f}", f"{1e3 * medians['keys_published']:.1f}"],
         ["values", f"{1e3 * medians['values_blocks']:.1f}", f"{1e3 * medians['values_published']:.1f}"],
         ["copy of one tensor", f"{1e3 * medians['copy']:.1f}", ""],
         ["keys and values together", "", f"{metrics['speedup']:.1f}x slower"],
     ]
-    shape = f"fp32 [{task.tokens}, {task.channels}], {spec.key_bits}/{spec.value_bits} bits, {spec.outlier_fraction:.1%}"
-    context.record.set_table(f"{shape}, median ms", ["", "into blocks", "stack and argmin"], rows)
+
+
+def _by_length(cfg: Any, spec: QuantSpec, context: Any) -> dict[str, list[float]]:
+    """Seconds per token of quantizing K and V, for prompts of several lengths that take turns."""
+    task = cfg.task
+    quantizer, keys, values = _calibrated(
+        spec, max(task.lengths), task.length_channels, cfg.seed, context, torch.bfloat16
+    )
+    ways: Ways = {}
+    for n in task.lengths:
+        for name, way in _into_blocks(quantizer, keys[:n], values[:n], cfg.kernel.backend).items():
+            ways[f"{name}_{n}"] = way
+    medians = _medians(ways, task.repeats, context, "prompts of several lengths")
+    per_token = [(medians[f"keys_blocks_{n}"] + medians[f"values_blocks_{n}"]) / n for n in task.lengths]
+    return {"tokens": list(task.lengths), "s_per_token": per_token}
+
+
+def _calibrated(
+    spec: QuantSpec, tokens: int, channels: int, seed: int, context: Any, dtype: torch.dtype
+) -> tuple[BatchedKVQuantizer, Tensor, Tensor]:
+    """Made-up keys and values [T, H, D] and a quantizer that was calibrated on the start of them."""
+    with context.console.status("calibrating"):
+        keys, values = (_heavy_tailed(tokens, channels, seed + i).to(context.device, dtype) for i in range(2))
+        quantizer = BatchedKVQuantizer.calibrate(spec, keys[:CALIBRATION_TOKENS], values[:CALIBRATION_TOKENS])
+    return quantizer.to(context.device), keys, values
+
+
+def _medians(ways: Ways, repeats: int, context: Any, title: str) -> dict[str, float]:
+    """Median seconds of each way; they take turns, and the first turn warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in progress(context.console)(range(repeats + 1), title, repeats + 1):
+        for name, action in ways.items():
+            with (watch := Stopwatch(context.device)):
+                action()
+            if turn:
+                seconds[name].append(watch.total_s)
+    return {name: statistics.median(s) for name, s in seconds.items()}
 
 
 def _heavy_tailed(tokens: int, channels: int, seed: int) -> Tensor:
@@ -73,52 +177,21 @@ def _heavy_tailed(tokens: int, channels: int, seed: int) -> Tensor:
     return (torch.randn(tokens, channels, generator=generator) * spread * tails).view(tokens, -1, HEAD_DIM)
 
 
-def _ways(
-    quantizer: BatchedKVQuantizer, keys: Tensor, values: Tensor, backend: str
-) -> dict[str, Callable[[], object]]:
+def _into_blocks(quantizer: BatchedKVQuantizer, keys: Tensor, values: Tensor, backend: str) -> Ways:
+    """Quantize, pack and store all keys, and all values, into a pool of their size."""
     T, H, D = keys.shape
     spec, constants, kernels = quantizer.spec, quantizer.constants, get_backend(backend, keys.device.type)
-    assert constants is not None  # refused by validation: quant=none has nothing to quantize
-    pool = BlockPool(BlockLayout(spec, 1, H, D, keys.dtype), -(-T // 64), max_sequences=1, device=keys.device)
+    layout = BlockLayout(spec, 1, H, D, keys.dtype, BLOCK_SIZE)
+    pool = BlockPool(layout, layout.blocks_for(T), max_sequences=1, device=keys.device)
     row, store = pool.add_sequence(), pool.layers[0]
 
-    def into_blocks(kind: str) -> None:
+    def write(kind: str) -> None:
         step = pool.reserve([row], [T])  # rolls back what the turn before left pending
         args = (constants, step.slot_block, step.slot_offset, None, store.error)
         if kind == "keys":
             kernels.write_keys(keys, store.keys, *args, bits=spec.key_bits)
         else:
             kernels.write_values(values, store.values, *args, bits=spec.value_bits)
+        pool.check()
 
-    flat = keys.view(T, -1)
-    return {
-        "copy": flat.clone,
-        "keys_blocks": lambda: into_blocks("keys"),
-        "values_blocks": lambda: into_blocks("values"),
-        "keys_published": lambda: _published_keys(flat, constants),
-        "values_published": lambda: _published_values(values.view(T, -1), constants, spec.outlier_fraction),
-    }
-
-
-def _published_keys(x: Tensor, constants: LayerConstants) -> Tensor:
-    lower, upper = constants.key_lower.view(-1), constants.key_upper.view(-1)
-    zero, scale = constants.key_zero.view(-1), constants.key_scale.view(-1)
-    outlier = (x < lower) | (x > upper)
-    nearest = _stack_and_argmin((x - zero) / scale, constants.key_centroids)
-    return torch.where(outlier, x, nearest * scale + zero)
-
-
-def _published_values(x: Tensor, constants: LayerConstants, outlier_fraction: float) -> Tensor:
-    tail = outlier_fraction / 2
-    lower, upper = torch.quantile(x, torch.tensor([tail, 1 - tail], device=x.device), dim=1)[:, :, None]
-    outlier = (x < lower) | (x > upper)
-    inliers = torch.where(outlier, torch.nan, x)
-    low, high = inliers.nan_to_num(torch.inf).amin(1), inliers.nan_to_num(-torch.inf).amax(1)
-    zero, scale = ((high + low) / 2)[:, None], ((high - low) / 2)[:, None]
-    nearest = _stack_and_argmin((x - zero) / scale, constants.value_centroids)
-    return torch.where(outlier, x, nearest * scale + zero)
-
-
-def _stack_and_argmin(x_norm: Tensor, centroids: Tensor) -> Tensor:
-    distances = torch.stack([(x_norm - c).abs() for c in centroids])
-    return centroids[distances.argmin(0)]
+    return {"keys_blocks": lambda: write("keys"), "values_blocks": lambda: write("values")}
