@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvquant.encoding import row_chunks
+from kvquant.encoding import SERIAL_ELEMENTS, row_chunks
 from kvquant.kernels import SPILL_ENTRIES, ExactStore, KeyStore, LayerConstants, ValueStore
 from kvquant.packing import unpack
 
@@ -106,5 +106,5 @@ def _lookup(codes: Tensor, centroids: Tensor, block_ids: Tensor, bits: int, out:
     flat, numbers = unpacked.reshape(-1), out.view(-1)
     # A one-dimensional index_select with 32-bit indices was 5x faster than indexing on CPUs. In chunks, because the
     # indices take as many bytes as the numbers.
-    for part in row_chunks(flat):
+    for part in row_chunks(flat, SERIAL_ELEMENTS):
         torch.index_select(centroids, 0, flat[part].to(torch.int32), out=numbers[part])

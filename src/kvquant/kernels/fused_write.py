@@ -109,10 +109,7 @@ def write_keys(
     kept = keys.view(-1)[found].to(store.outlier_value.dtype)
     if not _check_finite(kept, ERROR_KEY_NOT_FINITE, error, C, found):
         return
-    row, channel = torch.div(found, D, rounding_mode="floor"), found % D
-    token, head = torch.div(row, H, rounding_mode="floor"), row % H
-    fits = append_key_outliers(slot_block[token] * H + head, slot_offset[token] * D + channel, kept, store)
-    if not fits:
+    if not append_key_outliers(found, kept, store, slot_block, slot_offset, (T, H, D)):
         _set_error(error, ERROR_OUT_OF_SPILL, 0)
 
 

@@ -8,47 +8,70 @@ from torch import Tensor
 from kvquant.kernels import SPILL_ENTRIES, KeyStore
 
 
-def append_key_outliers(group: Tensor, index: Tensor, values: Tensor, store: KeyStore) -> bool:
-    """Append entries to their (block, head) rows, into spill chunks past the base capacity.
+def append_key_outliers(
+    found: Tensor,
+    values: Tensor,
+    store: KeyStore,
+    slot_block: Tensor,
+    slot_offset: Tensor,
+    shape: tuple[int, int, int],
+) -> bool:
+    """Append a call's outliers to their (block, head) rows, into spill chunks past the base capacity.
 
-    Returns False, with none of the spilled entries counted, when spill chunks run out.
+    Nothing is sorted: the tokens of a block stand together and in order, so that an entry's rank within its (block,
+    head) is a difference of running totals.
 
     Args:
-        group: block * H + head of every entry, int64 [K].
-        index: slot * D + channel, int64 [K].
+        found: flat indices of the outliers in the call's keys, ascending, int64 [K].
         values: [K] in the stored dtype.
-    """
-    order = torch.argsort(group, stable=True)
-    group, index, values = group[order], index[order].to(torch.int16), values[order]
-    arange = torch.arange(group.numel(), device=group.device)
-    is_first = torch.ones_like(group, dtype=torch.bool)
-    is_first[1:] = group[1:] != group[:-1]
-    rank = arange - torch.cummax(torch.where(is_first, arange, 0), 0).values
-    count = store.outlier_count.view(-1)
-    before = count[group].to(torch.int64)
-    entry = before + rank
+        store: the layer's keys in the pool, written in place.
+        slot_block: block of each token, int64 [T].
+        slot_offset: slot within the block, int64 [T].
+        shape: (T, H, D) of the keys.
 
+    Returns:
+        False, with none of the entries counted, when spill chunks run out.
+    """
+    T, H, D = shape
+    row = torch.div(found, D, rounding_mode="floor")  # token * H + head
+    token = torch.div(row, H, rounding_mode="floor")
+    per_row = torch.bincount(row, minlength=T * H)
+    up_to_row = per_row.cumsum(0)
+    by_head = per_row.view(T, H).cumsum(0)
+    earlier = by_head - per_row.view(T, H)  # of the call's earlier tokens, in each head
+    opens = torch.ones_like(slot_block, dtype=torch.bool)
+    opens[1:] = slot_block[1:] != slot_block[:-1]
+    starts = opens.nonzero().view(-1)
+    segment = opens.cumsum(0) - 1
+    in_block = earlier - earlier[starts[segment]]
+    rank = torch.arange(found.numel(), device=found.device) + (in_block.view(-1) + per_row - up_to_row)[row]
+
+    group = slot_block[token] * H + row - token * H
+    before = store.outlier_count.view(-1)[group].to(torch.int64)
+    entry = before + rank
+    index = (slot_offset[token] * D + found - row * D).to(torch.int16)
     base = store.outlier_index.shape[-1]
     in_base = entry < base
+    spilled = (~in_base).nonzero().view(-1)
     if base:
-        row = group[in_base] * base + entry[in_base]
-        store.outlier_index.view(-1)[row] = index[in_base]
-        store.outlier_value.view(-1)[row] = values[in_base]
-    spilled = ~in_base
-    stored, fits = torch.ones_like(in_base), True
-    if bool(spilled.any()):
-        fits = _append_spill(
-            group[spilled],
-            (entry - base)[spilled],
-            (before - base)[spilled],
-            index[spilled],
-            values[spilled],
-            store,
-        )
-        if not fits:
-            stored = in_base
-    count.index_add_(0, group, stored.to(count.dtype))
-    return fits
+        if spilled.numel():
+            inside = in_base.nonzero().view(-1)
+            place = group[inside] * base + entry[inside]
+            store.outlier_index.view(-1)[place] = index[inside]
+            store.outlier_value.view(-1)[place] = values[inside]
+        else:
+            place = group * base + entry
+            store.outlier_index.view(-1)[place] = index
+            store.outlier_value.view(-1)[place] = values
+    if spilled.numel():
+        # Chunks are handed out by (block, head), in every backend.
+        spilled = spilled[torch.argsort(group[spilled], stable=True)]
+        position, held = entry[spilled] - base, before[spilled] - base
+        if not _append_spill(group[spilled], position, held, index[spilled], values[spilled], store):
+            return False
+    last = torch.cat([starts[1:], starts.new_tensor([T])]) - 1
+    store.outlier_count[slot_block[starts]] += (by_head[last] - earlier[starts]).to(torch.int32)
+    return True
 
 
 def _append_spill(
