@@ -1,8 +1,9 @@
 """Decode attention: one query per sequence over stored blocks, a few blocks at a time, merged by log-sum-exp.
 
-Work is cut into pieces: some sequences times some consecutive blocks, small enough that what is dequantized stays in
-the second-level cache and is never more than a few blocks, whatever the history. Pieces are independent, so that each
-worker thread takes a share of them with a running state of its own; the states are merged at the end.
+The blocks of all sequences form one list, whatever the sequences' lengths, and are taken in pieces small enough that
+what is dequantized stays in the second-level cache. Every block gives a partial result of its own (maximum, sum,
+output), so that worker threads can take pieces in any order; one merge per sequence ends it (Milakov and Gimelshein
+2018, online softmax; split over keys as in FlashDecoding).
 """
 
 from __future__ import annotations
@@ -22,56 +23,28 @@ from kvquant.ragged import RaggedStep
 _PIECE_ELEMENTS = 1 << 18
 
 
-class _Piece(NamedTuple):
-    """Consecutive blocks of some sequences, all inside one key tile."""
+class _Blocks(NamedTuple):
+    """The visible blocks of all sequences of a call; the same for every layer."""
 
-    tile: int  # number of the key tile
-    first_block: int  # columns of the block table
-    last_block: int
-    sequences: Tensor | None  # [S] indices into the batch; None: all
-    has_unwritten: bool  # whether some sequence ends inside
-    has_passed: bool  # whether some sequence's window begins inside
+    sequence: Tensor  # [N] index into the batch
+    column: Tensor  # [N] number of the block in its sequence
+    last: Tensor  # [N] slot of the newest token, counted from the block's start; BS - 1 or more: all written
+    has_edge: tuple[bool, ...]  # whether the block has slots beyond the newest token or before the window
 
 
 @functools.lru_cache(maxsize=8)
-def _pieces(
-    kv_lengths: tuple[int, ...],
-    block_size: int,
-    blocks_per_tile: int,
-    block_elements: int,
-    window: int | None,
-    device: torch.device,
-) -> tuple[_Piece, ...]:
-    """Cut a call into pieces from host lengths; kept so that only the first layer pays."""
-    B = len(kv_lengths)
-    at_once = max(1, min(B, _PIECE_ELEMENTS // block_elements))  # sequences
-    width = max(1, min(blocks_per_tile, _PIECE_ELEMENTS // (block_elements * at_once)))  # blocks
-    pieces = []
-    for group in range(0, B, at_once):
-        members = range(group, min(group + at_once, B))
-        num_blocks = -(-max(kv_lengths[s] for s in members) // block_size)
-        first = 0
-        while first < num_blocks:
-            tile = first // blocks_per_tile
-            last = min(first + width, (tile + 1) * blocks_per_tile, num_blocks)
-            low, high = first * block_size, last * block_size
-            present = [
-                s
-                for s in members
-                if kv_lengths[s] > low and (window is None or kv_lengths[s] - window < high)
-            ]
-            if present:
-                piece = _Piece(
-                    tile,
-                    first,
-                    last,
-                    None if len(present) == B else torch.tensor(present).to(device),
-                    min(kv_lengths[s] for s in present) < high,
-                    window is not None and max(kv_lengths[s] for s in present) - window > low,
-                )
-                pieces.append(piece)
-            first = last
-    return tuple(pieces)
+def _blocks(
+    kv_lengths: tuple[int, ...], block_size: int, window: int | None, device: torch.device
+) -> _Blocks:
+    """List the blocks from host lengths; kept so that only the first layer pays."""
+    found = []
+    for s, length in enumerate(kv_lengths):
+        first = 0 if window is None else max(0, length - window)
+        for column in range(first // block_size, -(-length // block_size)):
+            start = column * block_size
+            found.append((s, column, length - 1 - start, start < first or start + block_size > length))
+    sequence, column, last = torch.tensor([entry[:3] for entry in found]).to(device).unbind(1)
+    return _Blocks(sequence, column, last, tuple(entry[3] for entry in found))
 
 
 def attend_decode(
@@ -99,68 +72,81 @@ def attend_decode(
     """
     B, Hq, D = query.shape
     device = query.device
-    # There are at most as many key heads as query heads.
-    pieces = _pieces(step.kv_lengths, block_size, blocks_per_tile, Hq * block_size * D, window, device)
+    blocks = _blocks(step.kv_lengths, block_size, window, device)
+    N = len(blocks.has_edge)
     queries = query.float() * softmax_scale
-    length = torch.tensor(step.kv_lengths, device=device)
-    table = step.block_table.to(torch.int64)
+    ids = step.block_table[blocks.sequence, blocks.column].to(torch.int64)
+    slot = torch.arange(block_size, device=device)
+    # There are at most as many key heads as query heads.
+    at_once = max(1, _PIECE_ELEMENTS // (Hq * block_size * D))
 
-    def attend(run: slice) -> tuple[Tensor, Tensor, Tensor]:
-        best = torch.full((B, Hq, 1), -torch.inf, device=device)
-        total, output = torch.zeros_like(best), torch.zeros_like(queries)
-        turned, turned_for = queries, None
-        for piece in pieces[run]:
-            if rope is not None and turned_for != piece.tile:
-                turned, turned_for = (
-                    rotate(queries, rope.base_cos[piece.tile], -rope.base_sin[piece.tile]),
-                    piece.tile,
-                )
-            mine = slice(None) if piece.sequences is None else piece.sequences
-            keys, values = read_tile(table[mine, piece.first_block : piece.last_block])
-            start, (S, H, tokens, _) = piece.first_block * block_size, keys.shape
-            if sinks is not None and start < sinks[0].shape[1]:
-                overlay_sinks(keys, values, sinks, mine, start)
-            if rope is not None:
-                offset = start - piece.tile * blocks_per_tile * block_size
-                keys = rotate(
-                    keys, rope.offset_cos[offset : offset + tokens], rope.offset_sin[offset : offset + tokens]
-                )
-            grouped = turned[mine].view(S, H, Hq // H, D)
-            scores = (grouped @ keys.transpose(-1, -2)).view(S, Hq, tokens)
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            if piece.has_unwritten or piece.has_passed:
-                position = torch.arange(start, start + tokens, device=device)
-                end = length[mine, None]
-                hidden = position >= end
-                if window is not None:
-                    hidden |= position < end - window
-                # A weight of zero does not silence a NaN that a slot never committed, or given back, may hold.
-                values.masked_fill_(hidden[:, None, :, None], 0.0)
-                scores.masked_fill_(hidden[:, None], -torch.inf)
-            old = best[mine]
-            new = torch.maximum(old, scores.amax(-1, keepdim=True))
-            weights = scores.sub_(new).exp_()
-            fade = torch.exp(old - new)
-            best[mine] = new
-            total[mine] = total[mine] * fade + weights.sum(-1, keepdim=True)
-            product = weights.view(S, H, Hq // H, tokens) @ values
-            output[mine] = output[mine] * fade + product.view(S, Hq, D)
-        return best, total, output
+    def attend(run: slice) -> list[Tensor]:
+        parts = [
+            attend_piece(slice(i, min(i + at_once, run.stop))) for i in range(run.start, run.stop, at_once)
+        ]
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
-    row_elements = step.block_table.numel() * block_size * Hq * D // len(pieces)
-    runs = (
-        map_rows(attend, len(pieces), row_elements)
-        if device.type == "cpu"
-        else [attend(slice(0, len(pieces)))]
+    def attend_piece(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        sequence, column = blocks.sequence[part], blocks.column[part]
+        turned = queries[sequence]  # [n, Hq, D]
+        if rope is not None:
+            turned = _turn_to_block(turned, rope, column, block_size, blocks_per_tile)
+        keys, values = read_tile(ids[part, None])  # [n, H, BS, D]
+        n, H, _, _ = keys.shape
+        if sinks is not None and bool((column * block_size < sinks[0].shape[1]).any()):
+            _overlay_sinks(keys, values, sinks, sequence, column * block_size + slot[:, None])
+        if rope is not None:
+            keys = rotate(keys, rope.offset_cos[:block_size], rope.offset_sin[:block_size])
+        scores = (turned.view(n, H, Hq // H, D) @ keys.transpose(-1, -2)).view(n, Hq, block_size)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        edges = [i for i, has_edge in enumerate(blocks.has_edge[part]) if has_edge]
+        if edges:
+            last = blocks.last[part][edges, None]
+            hidden = slot > last
+            if window is not None:
+                hidden |= slot <= last - window
+            # A weight of zero does not silence a NaN that a slot never committed, or given back, may hold.
+            values[edges] = values[edges].masked_fill_(hidden[:, None, :, None], 0.0)
+            scores[edges] = scores[edges].masked_fill_(hidden[:, None], -torch.inf)
+        best = scores.amax(-1, keepdim=True)  # every block has a visible slot
+        weights = scores.sub_(best).exp_()
+        output = weights.view(n, H, Hq // H, block_size) @ values
+        return best, weights.sum(-1, keepdim=True), output.view(n, Hq, D)
+
+    row_elements = block_size * Hq * D
+    runs = map_rows(attend, N, row_elements) if device.type == "cpu" else [attend(slice(0, N))]
+    best, total, output = (torch.cat(part) for part in zip(*runs, strict=True))
+    index = blocks.sequence[:, None, None].expand_as(best)
+    highest = best.new_full((B, Hq, 1), -torch.inf).scatter_reduce_(0, index, best, "amax")
+    fade = best.sub_(highest[blocks.sequence]).exp_()
+    total = best.new_zeros(B, Hq, 1).index_add_(0, blocks.sequence, total.mul_(fade))
+    result = output.new_zeros(B, Hq, D).index_add_(0, blocks.sequence, output.mul_(fade))
+    return (result / total).to(query.dtype)
+
+
+def _turn_to_block(
+    queries: Tensor, rope: Rope, column: Tensor, block_size: int, blocks_per_tile: int
+) -> Tensor:
+    """Rotate queries [n, Hq, D] back by the first position of their blocks."""
+    tile = torch.div(column, blocks_per_tile, rounding_mode="floor")
+    queries = rotate(queries, rope.base_cos[tile, None], -rope.base_sin[tile, None])
+    offset = (column - tile * blocks_per_tile) * block_size
+    # The tables of offsets carry the model's attention scaling, which is the keys' to apply.
+    scaling = rope.offset_cos[0, 0]
+    return rotate(
+        queries, (rope.offset_cos[offset] / scaling)[:, None], -(rope.offset_sin[offset] / scaling)[:, None]
     )
-    _, total, output = runs[0]
-    if len(runs) > 1:
-        bests, totals, outputs = (torch.stack(parts) for parts in zip(*runs, strict=True))
-        # A worker that saw nothing of a sequence has weight exp(-inf - best) = 0.
-        fade = torch.exp(bests - bests.amax(0))
-        total, output = (totals * fade).sum(0), (outputs * fade).sum(0)
-    return (output / total).to(query.dtype)
+
+
+def _overlay_sinks(
+    keys: Tensor, values: Tensor, sinks: tuple[Tensor, Tensor], sequence: Tensor, position: Tensor
+) -> None:
+    """Put the exact first tokens back into blocks [n, H, BS, D] whose slots stand at ``position`` [BS, n]."""
+    count = sinks[0].shape[1]
+    slot, block = (position < count).nonzero(as_tuple=True)
+    for tile, kept in ((keys, sinks[0]), (values, sinks[1])):
+        tile[block, :, slot] = kept[sequence[block], position[slot, block]].to(tile.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -174,12 +160,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
     out[..., 2 * half :] = x[..., 2 * half :]
     return out
-
-
-def overlay_sinks(
-    keys: Tensor, values: Tensor, sinks: tuple[Tensor, Tensor], sequences: Tensor | slice, start: int
-) -> None:
-    """Put the exact first tokens back into a tile that begins at position ``start``."""
-    count = min(sinks[0].shape[1] - start, keys.shape[2])
-    for tile, kept in ((keys, sinks[0]), (values, sinks[1])):
-        tile[:, :, :count] = kept[sequences, start : start + count].transpose(1, 2).to(tile.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvquant.kernels import Rope
-from kvquant.kernels.decode_attention import attend_decode, overlay_sinks, rotate
+from kvquant.kernels.decode_attention import attend_decode, rotate
 from kvquant.ragged import RaggedStep, cumulative_lengths
 
 QUERY_TILE = 128
@@ -151,7 +151,7 @@ def attend_tiled(
         _, H, tokens, _ = keys.shape
         position = torch.arange(k * tile, k * tile + tokens, device=query.device)
         if sinks is not None and k * tile < sinks[0].shape[1]:
-            overlay_sinks(keys, values, sinks, active.sequences, k * tile)
+            _overlay_sinks(keys, values, sinks, active.sequences, k * tile)
         if exact is not None:
             _overlay_exact(keys, values, exact, plan, active.sequences, position)
         if active.has_unwritten:
@@ -208,6 +208,15 @@ def _merge(
     total[items] = total[items] * fade + weights.sum(-1, keepdim=True)
     product = weights.view(num_items, H, -1, KT) @ values
     output[items] = output[items] * fade + product.view(num_items, Hq, QT, -1)
+
+
+def _overlay_sinks(
+    keys: Tensor, values: Tensor, sinks: tuple[Tensor, Tensor], sequences: Tensor, start: int
+) -> None:
+    """Put the exact first tokens back into a tile that begins at position ``start``."""
+    count = min(sinks[0].shape[1] - start, keys.shape[2])
+    for tile, kept in ((keys, sinks[0]), (values, sinks[1])):
+        tile[:, :, :count] = kept[sequences, start : start + count].transpose(1, 2).to(tile.dtype)
 
 
 def _overlay_exact(
