@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
-from kvquant.kernels import OPERATIONS, SPILL_ENTRIES, Rope, get_backend
+from kvquant.errors import NonFiniteActivations
+from kvquant.kernels import OPERATIONS, SPILL_ENTRIES, Rope, get_backend, workers
 from kvquant.spec import QuantSpec
 
 HEADS = 2
@@ -144,6 +145,69 @@ def test_backends_store_and_read_identically(case):
         strict=True,
     ):
         assert torch.equal(tile, truth)
+
+
+@pytest.mark.parametrize("head_dim", [20, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_and_head_dim(bits, head_dim):
+    # Three heads, so that no count of channels is a power of two; a dtype and a share of outliers for each in turn.
+    dtype = list(DTYPES.values())[(bits + head_dim // 16) % 3]
+    fraction = (0.0, 0.01, 0.05)[(bits + head_dim // 32) % 3]
+    quantizer = calibrated(
+        QuantSpec(bits, outlier_fraction=fraction), head_dim, heads=3, dtype=dtype, tokens=96
+    )
+    keys, values = (heavy_tailed(11, head_dim, seed, heads=3).to(dtype) for seed in (3, 4))
+    pools = {}
+    for backend in ("reference", "pytorch_fused"):
+        pool = pools[backend] = pool_for(quantizer, block_size=8, num_blocks=3, dtype=dtype, headroom=30.0)
+        append(quantizer, pool, [pool.add_sequence(), pool.add_sequence()], [2, 9], keys, values, backend)
+    assert_same_pools(pools["pytorch_fused"], pools["reference"])
+    for x, truth in zip(
+        dequantized(quantizer, pool, 1), dequantized(quantizer, pool, 1, backend="reference"), strict=True
+    ):
+        assert torch.equal(x, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("fraction", [0.0, 0.05])
+def test_ties_and_zeros_of_either_sign_are_stored_identically(dtype, fraction):
+    quantizer = calibrated(QuantSpec(2, outlier_fraction=fraction, value_groups=2), 64, dtype=dtype)
+    generator = torch.Generator().manual_seed(7)
+    few = torch.randint(-2, 3, (2, 40, HEADS, 64), generator=generator) * torch.tensor(0.5)
+    keys, values = torch.where(torch.rand(few.shape, generator=generator) < 0.5, -few, few).to(dtype)
+    zero, scale = quantizer.constants.key_zero, quantizer.constants.key_scale
+    keys[0] = (zero + scale * quantizer.constants.key_midpoints[1]).to(
+        dtype
+    )  # on a boundary, or just beside it
+    if fraction:
+        keys[1], keys[2] = quantizer.constants.key_lower.to(dtype), quantizer.constants.key_upper.to(dtype)
+    values[3] = 0.5  # a range of width zero
+    pools = {}
+    for backend in ("reference", "pytorch_fused"):
+        pool = pools[backend] = pool_for(quantizer, dtype=dtype, headroom=30.0)
+        append(quantizer, pool, [pool.add_sequence()], [40], keys, values, backend)
+    assert_same_pools(pools["pytorch_fused"], pools["reference"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_many_tokens_go_the_same_way_in_threads(dtype, monkeypatch):
+    # Long enough for chunks and workers; the reference would take minutes, token by token is the same code's other path.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(workers, "_LEAST_ELEMENTS", 1 << 12)
+    quantizer = calibrated(
+        QuantSpec(3, outlier_fraction=0.02, sink_tokens=2, value_groups=2), 64, dtype=dtype
+    )
+    lengths = [700, 200]
+    keys, values = (heavy_tailed(900, 64, seed, spread=1.5).to(dtype) for seed in (3, 4))
+    together, alone = (pool_for(quantizer, num_blocks=16, dtype=dtype, headroom=8.0) for _ in range(2))
+    rows = [together.add_sequence(), together.add_sequence()]
+    append(quantizer, together, rows, lengths, keys, values, "pytorch_fused")
+    monkeypatch.undo()
+    for row, first in zip([alone.add_sequence(), alone.add_sequence()], (0, 700), strict=True):
+        for start in range(first, first + lengths[row], 50):
+            part = slice(start, start + 50)
+            append(quantizer, alone, [row], [50], keys[part], values[part], "pytorch_fused")
+    assert_same_content(quantizer, together, alone)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +362,30 @@ def test_error_word_names_kind_and_channel(side, number, token, kind, fraction, 
     assert error_word(quantizer, keys, values, backend) == [kind, 64 + 5]
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("tokens", [9, 300], ids=["few tokens", "many tokens"])
+def test_bad_numbers_stay_in_their_token(tokens, dtype, number):
+    quantizer = calibrated(QuantSpec(3, outlier_fraction=0.02), 64, dtype=dtype)
+    keys, values = heavy_tailed(tokens, 64, 3).to(dtype), heavy_tailed(tokens, 64, 4).to(dtype)
+    good, bad = (pool_for(quantizer, dtype=dtype) for _ in range(2))
+    append(quantizer, good, [good.add_sequence()], [tokens], keys, values, "pytorch_fused")
+    step = bad.reserve([bad.add_sequence()], [tokens])
+    keys[5, 1, 7] = values[5, 0, 9] = number
+    quantizer.write(keys, values, bad.layers[0], step, backend="pytorch_fused")
+    assert bad.error[0, 0] != 0
+    others = torch.ones(bad.num_blocks, 64, dtype=torch.bool)
+    others[bad.blocks_of(0)[0], 5] = False
+    for name in ("key_codes", "value_codes"):
+        mine, theirs = (p.tensors[name][0].transpose(1, 2)[others] for p in (bad, good))
+        assert torch.equal(mine, theirs), name
+    for name in ("value_zero", "value_scale", "value_outlier_index", "value_outlier_value"):
+        assert torch.equal(bad.tensors[name][0][others], good.tensors[name][0][others]), name
+    with pytest.raises(NonFiniteActivations):
+        bad.commit()
+    assert bad.length(0) == 0 and bad.spill_top.equal(torch.full_like(bad.spill_top, bad.num_chunks))
+
+
 @pytest.mark.parametrize("backend", ["reference", "pytorch_fused"])
 def test_finite_sink_tokens_of_any_size_are_no_error(backend):
     # A sink token keeps the model's dtype, so that a massive activation beyond fp16 is stored as it is.
@@ -340,6 +428,18 @@ ATTENTION = {
     "chunked prefill": Attention(past=(64, 1, 0), new=(7, 40, 33)),
     "one slot short of a tile": Attention(past=(0, 30, 33), new=(31, 1, 30)),
     "decode": Attention(past=(1, 15, 130), new=(1, 1, 1)),
+    "decode, one query head per KV head": Attention(past=(1, 15, 130), new=(1, 1, 1), groups=1),
+    "decode, seven query heads per KV head": Attention(past=(1, 15, 130), new=(1, 1, 1), groups=7),
+    "decode of first tokens": Attention(past=(0, 0, 0), new=(1, 1, 1)),
+    "decode, sliding window": Attention(past=(64, 3, 130), new=(1, 1, 1), window=20),
+    "decode, window of one token": Attention(past=(64, 15, 130), new=(1, 1, 1), window=1),
+    "decode, softcap": Attention(past=(1, 15, 130), new=(1, 1, 1), softcap=5.0),
+    "decode, partial rotary": Attention(past=(1, 15, 130), new=(1, 1, 1), rotary_dim=DIM // 4),
+    "decode, no rope": Attention(past=(1, 15, 130), new=(1, 1, 1), rotary_dim=None),
+    "decode, sinks over several blocks": Attention(
+        spec=QuantSpec(2, sink_tokens=40), past=(1, 15, 130), new=(1, 1, 1)
+    ),
+    "decode, unquantized": Attention(spec=QuantSpec(method="none"), past=(1, 15, 130), new=(1, 1, 1)),
     "one large tile": Attention(past=(64, 1, 0), new=(7, 40, 33), blocks_per_tile=32),
     "sliding window": Attention(past=(64, 1, 0), new=(7, 40, 70), window=20),
     "window of one token": Attention(past=(64, 1, 0), new=(7, 40, 33), window=1),
@@ -424,6 +524,71 @@ def test_tiled_attention_agrees_with_reference(case):
     assert relative_rms(attend(case, *arguments, "pytorch_fused"), truth) < 1e-5
 
 
+def test_decode_applies_a_long_ropes_scaling_once():
+    case = ATTENTION["decode"]
+    quantizer, pool, step, query, _ = stored_history(case)
+    tile = BLOCK * case.blocks_per_tile
+    plain = rope_tables(tile, 5, DIM)
+    scaled = plain._replace(offset_cos=plain.offset_cos * 1.2, offset_sin=plain.offset_sin * 1.2)
+    outputs = [
+        get_backend(backend).attend(
+            query,
+            step,
+            quantizer.reader(pool.layers[0], backend=backend),
+            scaled,
+            None,
+            None,
+            block_size=BLOCK,
+            blocks_per_tile=case.blocks_per_tile,
+            softmax_scale=DIM**-0.5,
+        )
+        for backend in ("pytorch_fused", "reference")
+    ]
+    assert relative_rms(*outputs) < 1e-5
+
+
+def test_decode_in_threads_agrees_with_reference(monkeypatch):
+    case = dataclasses.replace(
+        ATTENTION["everything"], past=(64, 3, 0), new=(1, 1, 1), exact=False, window=None
+    )
+    arguments = stored_history(case)
+    truth = attend(case, *arguments, "reference")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(workers, "_LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(workers, "SERIAL_ELEMENTS", 1)
+    assert relative_rms(attend(case, *arguments, "pytorch_fused"), truth) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", ["decode", "chunked prefill"])
+def test_attention_is_as_exact_as_its_inputs_type(name, dtype):
+    case = ATTENTION[name]
+    quantizer, pool, step, query, own = stored_history(case)
+    query = query.to(dtype)
+    ours = attend(case, quantizer, pool, step, query, own, "pytorch_fused")
+
+    def dense(precision):
+        """The same computation on the dequantized history, every product in one type."""
+        rows, start = [], 0
+        for s, (past, new) in enumerate(zip(case.past, case.new, strict=True)):
+            keys, values = (x.to(dtype).to(precision) for x in dequantized(quantizer, pool, s))
+            position = torch.arange(past + new, dtype=torch.float64)
+            angle = position[:, None] * 1e4 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+            cos, sin = angle.cos().to(precision), angle.sin().to(precision)
+            a, b = keys.chunk(2, -1)
+            keys = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).repeat_interleave(case.groups, 0)
+            values = values.repeat_interleave(case.groups, 0)
+            q = query[start : start + new].to(precision).transpose(0, 1)
+            scores = q @ keys.transpose(1, 2) * DIM**-0.5
+            hidden = torch.arange(past + new) > torch.arange(past, past + new)[:, None]
+            rows.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+            start += new
+        return torch.cat(rows)
+
+    truth = dense(torch.float64)
+    assert relative_rms(ours.double(), truth) <= 2 * relative_rms(dense(dtype).double(), truth)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize(
     "name", ["four query heads per KV head", "sliding window", "sinks", "partial rotary", "unquantized"]
@@ -448,7 +613,17 @@ def test_chunked_equals_whole(name, chunk):
 
 
 @pytest.mark.parametrize(
-    "name", ["chunked prefill", "one slot short of a tile", "sinks", "everything", "unquantized"]
+    "name",
+    [
+        "chunked prefill",
+        "one slot short of a tile",
+        "sinks",
+        "everything",
+        "unquantized",
+        "decode",
+        "decode, sliding window",
+        "decode, unquantized",
+    ],
 )
 def test_slots_never_written_do_not_matter(name):
     case = ATTENTION[name]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant import nuq
+from kvquant import encoding, nuq, value_outliers
 
 seeds = st.integers(0, 1 << 30)
 
@@ -261,11 +261,14 @@ def tied_values(draw):
     return x.to(torch.bfloat16 if kind == "bf16" else dtype), draw(st.integers(0, (num_channels - 1) // 2))
 
 
-@settings(max_examples=150, deadline=None)
-@given(tied_values())
-def test_value_outliers_are_exact_on_ties(case):
+@settings(max_examples=200, deadline=None)
+@given(tied_values(), st.booleans())
+def test_value_outliers_are_exact_on_ties(case, many_tokens):
     values, n = case
-    indices, lowest, highest = nuq.split_value_outliers(values, n)
+    with pytest.MonkeyPatch.context() as patch:
+        if many_tokens:  # by way of group extremes
+            patch.setattr(value_outliers, "SERIAL_ELEMENTS", 0)
+        indices, lowest, highest = nuq.split_value_outliers(values, n)
     assert indices.shape == (len(values), 2 * n) and indices.dtype == torch.int32
     assert lowest.dtype == highest.dtype == torch.float32
     for row, *got in zip(values.tolist(), indices.tolist(), lowest.tolist(), highest.tolist(), strict=True):
@@ -277,9 +280,13 @@ def test_value_outliers_are_exact_on_ties(case):
 def test_value_outliers_are_the_same_whatever_the_chunk(monkeypatch):
     values = heavy_tailed(37, 64, 5).bfloat16()
     whole = nuq.split_value_outliers(values, 3)
-    monkeypatch.setattr(nuq, "_CHUNK_ELEMENTS", 4 * 64 * 5)
-    for a, b in zip(whole, nuq.split_value_outliers(values, 3), strict=True):
-        assert torch.equal(a, b)
+    monkeypatch.setattr(value_outliers, "SERIAL_ELEMENTS", 0)
+    for limit in (encoding.SERIAL_ELEMENTS, 64 * 5):
+        monkeypatch.setattr(encoding, "SERIAL_ELEMENTS", limit)
+        monkeypatch.setattr(encoding, "_CACHED_BYTES", 2 * limit)
+        monkeypatch.setattr(value_outliers, "_SORTED_TOGETHER", limit)
+        for a, b in zip(whole, nuq.split_value_outliers(values, 3), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_value_outliers_refuse_bad_input():
@@ -295,10 +302,10 @@ def test_value_outliers_refuse_bad_input():
 @settings(max_examples=60, deadline=None)
 @given(
     seed=seeds,
-    bits=st.integers(1, 6),
+    bits=st.integers(1, 8),
     per=st.sampled_from(["token", "channel", "scalar"]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    chunk=st.sampled_from([5, 1 << 20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    chunk=st.sampled_from([5, 20, 1 << 20]),
 )
 def test_encode_counts_boundaries_below_and_decode_inverts(seed, bits, per, dtype, chunk):
     generator = torch.Generator().manual_seed(seed)
@@ -308,10 +315,12 @@ def test_encode_counts_boundaries_below_and_decode_inverts(seed, bits, per, dtyp
     scale = torch.rand(shape, generator=generator).round(decimals=1)  # some ranges have width zero
     codebook = torch.rand(2**bits, generator=generator).mul(2).sub(1).sort().values
     mids = nuq.midpoints(codebook)
-    x.view(-1)[0] = (zero + scale * mids[0]).flatten()[0]  # on a boundary: not strictly below
+    x.view(-1)[0] = (zero + scale * mids[0]).flatten()[0]  # on a boundary, or beside it: not strictly below
+    x.view(-1)[1:3] = torch.tensor([0.0, -0.0])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nuq, "_CHUNK_ELEMENTS", chunk)
+        patch.setattr(encoding, "SERIAL_ELEMENTS", chunk)
+        patch.setattr(encoding, "_CACHED_BYTES", chunk)
         codes = nuq.encode(x, zero, scale, mids)
         decoded = nuq.decode(codes, zero, scale, codebook)
 
@@ -327,6 +336,35 @@ def test_encode_counts_boundaries_below_and_decode_inverts(seed, bits, per, dtyp
     ):
         assert int(code) == sum(f32(z + f32(s * mid)) < element for mid in mids.numpy())
         assert value == f32(f32(codebook.numpy()[int(code)] * s) + z)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_elements_compare_as_their_integers_do(dtype):
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[~x.isnan()]
+    near = x[torch.randint(len(x), (40,), generator=torch.Generator().manual_seed(1))].float()
+    bounds = torch.cat(
+        [near, near.nextafter(torch.tensor(torch.inf)), near.nextafter(torch.tensor(-torch.inf))]
+    )
+    bounds = torch.cat(
+        [bounds, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 65520.0, torch.inf, -torch.inf])]
+    )
+    for bound in bounds:
+        above = encoding.ordered(x) > encoding.ordered_floor(bound, dtype)
+        assert torch.equal(above, x.float() > bound), bound
+    low, high = encoding.ordered_range(torch.tensor(-0.3), torch.tensor(0.7), dtype)
+    inside = (encoding.ordered(x) >= low) & (encoding.ordered(x) <= high)
+    assert torch.equal(inside, (x.float() >= -0.3) & (x.float() <= torch.tensor(0.7)))
+    nan = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+    low, high = encoding.ordered_range(torch.tensor(-torch.inf), torch.tensor(torch.inf), dtype)
+    assert not ((encoding.ordered(nan) >= low) & (encoding.ordered(nan) <= high)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.bool])
+@pytest.mark.parametrize("size", [0, 1, 7, 64, 1001])
+def test_flat_nonzero_finds_what_nonzero_does(size, dtype):
+    mask = (torch.rand(size, generator=torch.Generator().manual_seed(size)) < 0.1).to(dtype)
+    assert torch.equal(encoding.nonzero_flat(mask), mask.nonzero().view(-1))
 
 
 def test_encode_of_nothing():

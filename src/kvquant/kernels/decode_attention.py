@@ -43,8 +43,8 @@ def _blocks(
         for column in range(first // block_size, -(-length // block_size)):
             start = column * block_size
             found.append((s, column, length - 1 - start, start < first or start + block_size > length))
-    sequence, column, last = torch.tensor([entry[:3] for entry in found]).to(device).unbind(1)
-    return _Blocks(sequence, column, last, tuple(entry[3] for entry in found))
+    table = torch.tensor([entry[:3] for entry in found]).to(device)
+    return _Blocks(table[:, 0], table[:, 1], table[:, 2], tuple(entry[3] for entry in found))
 
 
 def attend_decode(
