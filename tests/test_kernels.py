@@ -15,7 +15,7 @@ from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
 from kvquant.errors import NonFiniteActivations
-from kvquant.kernels import OPERATIONS, SPILL_ENTRIES, Rope, get_backend, workers
+from kvquant.kernels import OPERATIONS, SPILL_ENTRIES, Rope, decode_attention, get_backend
 from kvquant.spec import QuantSpec
 
 HEADS = 2
@@ -190,10 +190,8 @@ def test_ties_and_zeros_of_either_sign_are_stored_identically(dtype, fraction):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_many_tokens_go_the_same_way_in_threads(dtype, monkeypatch):
-    # Long enough for chunks and workers; the reference would take minutes, token by token is the same code's other path.
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(workers, "_LEAST_ELEMENTS", 1 << 12)
+def test_many_tokens_are_stored_as_few_are(dtype):
+    # Several chunks, and several of them sorted together; the reference would take minutes.
     quantizer = calibrated(
         QuantSpec(3, outlier_fraction=0.02, sink_tokens=2, value_groups=2), 64, dtype=dtype
     )
@@ -202,7 +200,6 @@ def test_many_tokens_go_the_same_way_in_threads(dtype, monkeypatch):
     together, alone = (pool_for(quantizer, num_blocks=16, dtype=dtype, headroom=8.0) for _ in range(2))
     rows = [together.add_sequence(), together.add_sequence()]
     append(quantizer, together, rows, lengths, keys, values, "pytorch_fused")
-    monkeypatch.undo()
     for row, first in zip([alone.add_sequence(), alone.add_sequence()], (0, 700), strict=True):
         for start in range(first, first + lengths[row], 50):
             part = slice(start, start + 50)
@@ -547,15 +544,12 @@ def test_decode_applies_a_long_ropes_scaling_once():
     assert relative_rms(*outputs) < 1e-5
 
 
-def test_decode_in_threads_agrees_with_reference(monkeypatch):
-    case = dataclasses.replace(
-        ATTENTION["everything"], past=(64, 3, 0), new=(1, 1, 1), exact=False, window=None
-    )
+@pytest.mark.parametrize("blocks", [1, 2, 3, 100])
+def test_decode_in_pieces_of_any_size_agrees_with_reference(blocks, monkeypatch):
+    case = dataclasses.replace(ATTENTION["everything"], past=(64, 3, 130), new=(1, 1, 1), exact=False)
     arguments = stored_history(case)
     truth = attend(case, *arguments, "reference")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(workers, "_LEAST_ELEMENTS", 1)
-    monkeypatch.setattr(workers, "SERIAL_ELEMENTS", 1)
+    monkeypatch.setattr(decode_attention, "_PIECE_ELEMENTS", blocks * HEADS * BLOCK * DIM)
     assert relative_rms(attend(case, *arguments, "pytorch_fused"), truth) < 1e-5
 
 

@@ -1,9 +1,9 @@
 """Decode attention: one query per sequence over stored blocks, a few blocks at a time, merged by log-sum-exp.
 
 The blocks of all sequences form one list, whatever the sequences' lengths, and are taken in pieces small enough that
-what is dequantized stays in the second-level cache. Every block gives a partial result of its own (maximum, sum,
-output), so that worker threads can take pieces in any order; one merge per sequence ends it (Milakov and Gimelshein
-2018, online softmax; split over keys as in FlashDecoding).
+what is dequantized stays in the second-level cache and is never more than a few blocks, whatever the history. Every
+block gives a result of its own, which is folded into the running one of its sequence (Milakov and Gimelshein 2018,
+online softmax).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvquant.kernels import Rope
-from kvquant.kernels.workers import map_rows
+from kvquant.kernels.one_thread import one_thread
 from kvquant.ragged import RaggedStep
 
 # Numbers dequantized at once: 1 MiB in fp32 for keys and for values each.
@@ -29,7 +29,16 @@ class _Blocks(NamedTuple):
     sequence: Tensor  # [N] index into the batch
     column: Tensor  # [N] number of the block in its sequence
     last: Tensor  # [N] slot of the newest token, counted from the block's start; BS - 1 or more: all written
+    owner: tuple[int, ...]  # the same as sequence, on the host; ascending
     has_edge: tuple[bool, ...]  # whether the block has slots beyond the newest token or before the window
+
+
+class _State(NamedTuple):
+    """Attention so far: the highest score, the sum of weights relative to it, the weighted values."""
+
+    best: Tensor  # [B, Hq, 1]
+    total: Tensor  # [B, Hq, 1]
+    output: Tensor  # [B, Hq, D]
 
 
 @functools.lru_cache(maxsize=8)
@@ -44,9 +53,11 @@ def _blocks(
             start = column * block_size
             found.append((s, column, length - 1 - start, start < first or start + block_size > length))
     table = torch.tensor([entry[:3] for entry in found]).to(device)
-    return _Blocks(table[:, 0], table[:, 1], table[:, 2], tuple(entry[3] for entry in found))
+    owner, _, _, has_edge = zip(*found, strict=True)
+    return _Blocks(table[:, 0], table[:, 1], table[:, 2], owner, has_edge)
 
 
+@one_thread()
 def attend_decode(
     query: Tensor,
     step: RaggedStep,
@@ -73,20 +84,12 @@ def attend_decode(
     B, Hq, D = query.shape
     device = query.device
     blocks = _blocks(step.kv_lengths, block_size, window, device)
-    N = len(blocks.has_edge)
     queries = query.float() * softmax_scale
     ids = step.block_table[blocks.sequence, blocks.column].to(torch.int64)
     slot = torch.arange(block_size, device=device)
-    # There are at most as many key heads as query heads.
-    at_once = max(1, _PIECE_ELEMENTS // (Hq * block_size * D))
 
-    def attend(run: slice) -> list[Tensor]:
-        parts = [
-            attend_piece(slice(i, min(i + at_once, run.stop))) for i in range(run.start, run.stop, at_once)
-        ]
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
-
-    def attend_piece(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def attend_piece(part: slice) -> tuple[_State, int]:
+        """One result per block, [n, ...] in place of [B, ...], and the number of KV heads."""
         sequence, column = blocks.sequence[part], blocks.column[part]
         turned = queries[sequence]  # [n, Hq, D]
         if rope is not None:
@@ -112,17 +115,35 @@ def attend_decode(
         best = scores.amax(-1, keepdim=True)  # every block has a visible slot
         weights = scores.sub_(best).exp_()
         output = weights.view(n, H, Hq // H, block_size) @ values
-        return best, weights.sum(-1, keepdim=True), output.view(n, Hq, D)
+        return _State(best, weights.sum(-1, keepdim=True), output.view(n, Hq, D)), H
 
-    row_elements = block_size * Hq * D
-    runs = map_rows(attend, N, row_elements) if device.type == "cpu" else [attend(slice(0, N))]
-    best, total, output = (torch.cat(part) for part in zip(*runs, strict=True))
-    index = blocks.sequence[:, None, None].expand_as(best)
-    highest = best.new_full((B, Hq, 1), -torch.inf).scatter_reduce_(0, index, best, "amax")
-    fade = best.sub_(highest[blocks.sequence]).exp_()
-    total = best.new_zeros(B, Hq, 1).index_add_(0, blocks.sequence, total.mul_(fade))
-    result = output.new_zeros(B, Hq, D).index_add_(0, blocks.sequence, output.mul_(fade))
-    return (result / total).to(query.dtype)
+    state = _State(
+        torch.full((B, Hq, 1), -torch.inf, device=device),
+        torch.zeros(B, Hq, 1, device=device),
+        torch.zeros(B, Hq, D, device=device),
+    )
+    # There are at most as many key heads as query heads; the first piece tells how many.
+    start, heads = 0, Hq
+    while start < len(blocks.owner):
+        at_once = max(1, _PIECE_ELEMENTS // (heads * block_size * D))
+        part = slice(start, min(start + at_once, len(blocks.owner)))
+        first, last = blocks.owner[part.start], blocks.owner[part.stop - 1]
+        mine = _State(*(tensor[first : last + 1] for tensor in state))
+        found, heads = attend_piece(part)
+        _fold(mine, blocks.sequence[part] - first, found)
+        start = part.stop
+    return (state.output / state.total).to(query.dtype)
+
+
+def _fold(state: _State, sequence: Tensor, part: _State) -> None:
+    """Fold partial results [n, ...] of sequences ``sequence`` [n] into a running one, in place."""
+    index = sequence[:, None, None].expand_as(part.best)
+    best = state.best.clone().scatter_reduce_(0, index, part.best, "amax")
+    # Finite: every block has a visible slot, and every sequence of ``state`` a block in ``part``.
+    old, new = torch.exp(state.best - best), torch.exp(part.best - best[sequence])
+    state.total.mul_(old).index_add_(0, sequence, part.total * new)
+    state.output.mul_(old).index_add_(0, sequence, part.output * new)
+    state.best.copy_(best)
 
 
 def _turn_to_block(

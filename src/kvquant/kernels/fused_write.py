@@ -29,8 +29,8 @@ from kvquant.kernels import (
     LayerConstants,
     ValueStore,
 )
+from kvquant.kernels.one_thread import one_thread
 from kvquant.kernels.outlier_append import append_key_outliers
-from kvquant.kernels.workers import map_rows
 from kvquant.packing import pack
 
 # The widest integer first: rows are then copied in as few moves as they allow.
@@ -49,6 +49,7 @@ def write_exact(x: Tensor, store: ExactStore, slot_block: Tensor, slot_offset: T
     store.data[slot_block, :, slot_offset] = x.to(store.data.dtype)
 
 
+@one_thread()
 def write_keys(
     keys: Tensor,
     store: KeyStore,
@@ -82,37 +83,33 @@ def write_keys(
     # What is not finite lies outside whatever the thresholds are, so that looking at outliers finds it.
     low, high = ordered_range(constants.key_lower, constants.key_upper, keys.dtype)
 
-    def write(run: slice) -> Tensor:
-        found, scratch = [], Scratch()
-        for rows in row_chunks(keys[run]):
-            rows = slice(run.start + rows.start, run.start + rows.stop)
-            x = ordered(keys[rows], scratch)
-            codes = count_below(x, bounds, scratch)
-            outside = torch.clamp(x, low, high, out=scratch.take("above", x))
-            torch.ne(outside, x, out=outside)
-            if skip is not None:
-                sinks = skip[rows, None, None]
-                outside.masked_fill_(sinks, 0)
-                codes.masked_fill_(sinks, 0)
-            at = nonzero_flat(outside)
-            codes.view(-1).index_fill_(0, at, 0)
-            _put_rows(store.codes, slot_block[rows], slot_offset[rows], pack(codes, bits))
-            found.append(at + rows.start * C)
-        return torch.cat(found) if len(found) > 1 else found[0]
-
-    runs = map_rows(write, T, C) if keys.device.type == "cpu" else [write(slice(0, T))]
-    found = torch.cat(runs) if len(runs) > 1 else runs[0]
+    found, scratch = [], Scratch()
+    for rows in row_chunks(keys):
+        x = ordered(keys[rows], scratch)
+        codes = count_below(x, bounds, scratch)
+        outside = torch.clamp(x, low, high, out=scratch.take("above", x))
+        torch.ne(outside, x, out=outside)
+        if skip is not None:
+            sinks = skip[rows, None, None]
+            outside.masked_fill_(sinks, 0)
+            codes.masked_fill_(sinks, 0)
+        at = nonzero_flat(outside)
+        codes.view(-1).index_fill_(0, at, 0)
+        _put_rows(store.codes, slot_block[rows], slot_offset[rows], pack(codes, bits))
+        found.append(at + rows.start * C)
+    at = torch.cat(found) if len(found) > 1 else found[0]
     if skip is not None:
         _check_finite(keys[skip].flatten(), ERROR_KEY_NOT_FINITE, error, C)
-    if not found.numel():
+    if not at.numel():
         return
-    kept = keys.view(-1)[found].to(store.outlier_value.dtype)
-    if not _check_finite(kept, ERROR_KEY_NOT_FINITE, error, C, found):
+    kept = keys.view(-1)[at].to(store.outlier_value.dtype)
+    if not _check_finite(kept, ERROR_KEY_NOT_FINITE, error, C, at):
         return
-    if not append_key_outliers(found, kept, store, slot_block, slot_offset, (T, H, D)):
+    if not append_key_outliers(at, kept, store, slot_block, slot_offset, (T, H, D)):
         _set_error(error, ERROR_OUT_OF_SPILL, 0)
 
 
+@one_thread()
 def write_values(
     values: Tensor,
     store: ValueStore,
@@ -141,40 +138,32 @@ def write_values(
     group, side = C // VG, store.zero.dtype
     per_end = store.outlier_index.shape[-1] // VG // 2
     values = values.contiguous()
-    grouped = values.view(T * VG, group)
-
-    def write(run: slice) -> tuple[Tensor, Tensor]:
-        """Returns what must be finite, [rows, K], and the channel of each in its layer."""
-        block, slot = slot_block[run], slot_offset[run]
-        x = grouped[run.start * VG : run.stop * VG]
-        index, lowest, highest = nuq.split_value_outliers(x, per_end)
-        zero, scale = (part.to(side) for part in nuq.zero_and_scale(lowest, highest))
-        index = index.long()
-        bounds = ordered_floor(
-            boundaries(zero[:, None], scale[:, None], constants.value_midpoints), values.dtype
-        )
-        scratch = Scratch()
-        for rows in row_chunks(values[run]):
-            tokens = slice(rows.start * VG, rows.stop * VG)
-            codes = count_below(ordered(x[tokens], scratch), bounds[:, tokens], scratch)
-            codes.scatter_(1, index[tokens], 0)
-            if skip is not None:
-                codes.view(-1, C).masked_fill_(skip[run][rows, None], 0)
-            _put_rows(store.codes, block[rows], slot[rows], pack(codes.view(-1, H, D), bits))
-        store.zero[block, slot], store.scale[block, slot] = zero.view(-1, VG), scale.view(-1, VG)
-        first = torch.arange(VG, device=values.device).view(1, VG, 1) * group
-        if not per_end:
-            # Without outliers the range must fit the 16-bit storage; with them, an outlier overflows first.
-            reach = torch.maximum(zero.abs(), scale).view(-1, VG)
-            return reach, first.view(1, VG) + x.abs().argmax(1).view(-1, VG)
-        kept = x.gather(1, index).to(side).view(-1, VG * 2 * per_end)
-        channel = (index.view(-1, VG, 2 * per_end) + first).view(-1, VG * 2 * per_end)
-        store.outlier_index[block, slot] = channel.to(torch.int16)
-        store.outlier_value[block, slot] = kept
-        return kept, channel
-
-    runs = map_rows(write, T, C) if values.device.type == "cpu" else [write(slice(0, T))]
-    checked, channel = runs[0] if len(runs) == 1 else (torch.cat(parts) for parts in zip(*runs, strict=True))
+    x = values.view(T * VG, group)
+    index, lowest, highest = nuq.split_value_outliers(x, per_end)
+    zero, scale = (part.to(side) for part in nuq.zero_and_scale(lowest, highest))
+    bounds = ordered_floor(boundaries(zero[:, None], scale[:, None], constants.value_midpoints), values.dtype)
+    index, scratch = index.long(), Scratch()
+    for rows in row_chunks(values):
+        grouped = slice(rows.start * VG, rows.stop * VG)
+        codes = count_below(ordered(x[grouped], scratch), bounds[:, grouped], scratch)
+        codes.scatter_(1, index[grouped], 0)
+        if skip is not None:
+            codes.view(-1, C).masked_fill_(skip[rows, None], 0)
+        _put_rows(store.codes, slot_block[rows], slot_offset[rows], pack(codes.view(-1, H, D), bits))
+    store.zero[slot_block, slot_offset] = zero.view(-1, VG)
+    store.scale[slot_block, slot_offset] = scale.view(-1, VG)
+    first = torch.arange(VG, device=values.device).view(1, VG, 1) * group
+    if per_end:
+        checked = x.gather(1, index).to(side).view(T, -1)
+        channel = (index.view(T, VG, -1) + first).view(T, -1)
+        store.outlier_index[slot_block, slot_offset] = channel.to(torch.int16)
+        store.outlier_value[slot_block, slot_offset] = checked
+    else:
+        # Without outliers the range must fit the 16-bit storage; with them, an outlier overflows first.
+        checked = torch.maximum(zero.abs(), scale).view(T, VG)
+        if bool(torch.isfinite(checked).all()):
+            return
+        channel = first.view(1, VG) + x.abs().argmax(1).view(T, VG)
     if skip is not None:
         _check_finite(values[skip].flatten(), ERROR_VALUE_NOT_FINITE, error, C)
         # What a sink token leaves here is never read, whether it fits or not.
