@@ -62,7 +62,8 @@ def test_peak_memory_sees_what_was_freed_again():
     peak = peak_extra_bytes(lambda: torch.ones(megabytes << 20, dtype=torch.uint8).max())
     if peak is None:
         pytest.skip("the peak of the resident set cannot be read here")
-    assert megabytes << 20 <= peak < 3 * megabytes << 20
+    # Pages that the process held already, and a thread's buffers, blur the edges.
+    assert 0.9 * megabytes < peak / 2**20 < 3 * megabytes
 
 
 def test_the_whole_task_from_its_command_line(tmp_path):
