@@ -444,6 +444,10 @@ ATTENTION = {
     "partial rotary": Attention(rotary_dim=DIM // 4, past=(64, 1, 0), new=(7, 40, 33)),
     "no rope": Attention(rotary_dim=None, past=(64, 1, 0), new=(7, 40, 33)),
     "exact reads": Attention(exact=True, past=(64, 1, 0), new=(7, 40, 33)),
+    "exact reads of first chunks": Attention(exact=True, past=(0, 0, 0), new=(1, 40, 133)),
+    "exact reads of first chunks with sinks": Attention(
+        exact=True, past=(0, 0, 32), new=(1, 40, 70), spec=QuantSpec(2, sink_tokens=5)
+    ),
     "sinks": Attention(spec=QuantSpec(2, sink_tokens=5), past=(64, 3, 0), new=(7, 40, 3)),
     "sinks over several tiles": Attention(
         spec=QuantSpec(2, sink_tokens=40), past=(64, 3, 0), new=(7, 40, 33), blocks_per_tile=1

@@ -31,6 +31,7 @@ class _Step(NamedTuple):
     item_sequence: Tensor  # [I] index into ``sequences``
     has_unwritten: bool  # whether some sequence ends inside the tile
     has_passed: bool  # whether some sequence's window begins inside the tile
+    is_own: bool  # whether all that is written in the tile was written by this call
 
 
 class _Schedule(NamedTuple):
@@ -79,6 +80,7 @@ def _schedule(
             torch.tensor([where[items[i][0]] for i in active]).to(device),
             min(past[s] + lengths[s] for s in present) <= hi,
             window is not None and max(past[s] for s in present) - window >= lo,
+            max(past[s] for s in present) <= lo,
         )
         steps.append((k, step))
     return _Schedule(
@@ -147,13 +149,18 @@ def attend_tiled(
     state: tuple[Tensor, Tensor, Tensor] | None = None
     for k, active in plan.steps:
         table = step.block_table[active.sequences, k * blocks_per_tile : (k + 1) * blocks_per_tile]
-        keys, values = read_tile(table.to(torch.int64))
+        position = torch.arange(k * tile, k * tile + table.shape[1] * block_size, device=query.device)
+        if exact is not None and active.is_own:
+            # Nothing that is stored would be seen: it is not even dequantized.
+            token, _ = _own_tokens(plan, active.sequences, position)
+            keys, values = (new[token].transpose(1, 2).float() for new in exact)
+        else:
+            keys, values = read_tile(table.to(torch.int64))
+            if sinks is not None and k * tile < sinks[0].shape[1]:
+                _overlay_sinks(keys, values, sinks, active.sequences, k * tile)
+            if exact is not None:
+                _overlay_exact(keys, values, exact, plan, active.sequences, position)
         _, H, tokens, _ = keys.shape
-        position = torch.arange(k * tile, k * tile + tokens, device=query.device)
-        if sinks is not None and k * tile < sinks[0].shape[1]:
-            _overlay_sinks(keys, values, sinks, active.sequences, k * tile)
-        if exact is not None:
-            _overlay_exact(keys, values, exact, plan, active.sequences, position)
         if active.has_unwritten:
             # A weight of zero does not silence a NaN that a failed call left in a slot never committed.
             unwritten = position >= plan.kv_lengths[active.sequences][:, None]  # [S, KT]
@@ -228,9 +235,14 @@ def _overlay_exact(
     position: Tensor,
 ) -> None:
     """Replace the call's own tokens in a tile by the exact keys and values they came from."""
-    own = (position >= plan.past[sequences][:, None]) & (position < plan.kv_lengths[sequences][:, None])
-    token = plan.first_token[sequences][:, None] + position - plan.past[sequences][:, None]
-    token = torch.where(own, token, 0)  # [S, KT]
+    token, own = _own_tokens(plan, sequences, position)
     for tile, new in ((keys, exact[0]), (values, exact[1])):
         chosen = new[token].transpose(1, 2).to(tile.dtype)  # [S, H, KT, D]
         torch.where(own[:, None, :, None], chosen, tile, out=tile)
+
+
+def _own_tokens(plan: _Schedule, sequences: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the call's tokens stands at each position [KT] of some sequences, and whether one does; [S, KT] each."""
+    past = plan.past[sequences][:, None]
+    own = (position >= past) & (position < plan.kv_lengths[sequences][:, None])
+    return torch.where(own, plan.first_token[sequences][:, None] + position - past, 0), own
