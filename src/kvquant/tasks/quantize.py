@@ -150,11 +150,13 @@ def _by_length(cfg: Any, spec: QuantSpec, context: Any) -> dict[str, list[float]
 def _calibrated(
     spec: QuantSpec, tokens: int, channels: int, seed: int, context: Any, dtype: torch.dtype
 ) -> tuple[BatchedKVQuantizer, Tensor, Tensor]:
-    """Made-up keys and values [T, H, D] and a quantizer that was calibrated on the start of them."""
+    """Made-up keys and values [T, H, D] and a quantizer that was calibrated on the start of such a run."""
+    # Thresholds of a few tokens would leave out several times as many outliers as they should.
+    drawn = max(tokens, CALIBRATION_TOKENS)
     with context.console.status("calibrating"):
-        keys, values = (_heavy_tailed(tokens, channels, seed + i).to(context.device, dtype) for i in range(2))
+        keys, values = (_heavy_tailed(drawn, channels, seed + i).to(context.device, dtype) for i in range(2))
         quantizer = BatchedKVQuantizer.calibrate(spec, keys[:CALIBRATION_TOKENS], values[:CALIBRATION_TOKENS])
-    return quantizer.to(context.device), keys, values
+    return quantizer.to(context.device), keys[:tokens], values[:tokens]
 
 
 def _medians(ways: Ways, repeats: int, context: Any, title: str) -> dict[str, float]:
