@@ -153,7 +153,7 @@ def attend_tiled(
         if exact is not None and active.is_own:
             # Nothing that is stored would be seen: it is not even dequantized.
             token, _ = _own_tokens(plan, active.sequences, position)
-            keys, values = (new[token].transpose(1, 2).float() for new in exact)
+            keys, values = (new[token].transpose(1, 2).contiguous().float() for new in exact)
         else:
             keys, values = read_tile(table.to(torch.int64))
             if sinks is not None and k * tile < sinks[0].shape[1]:
