@@ -44,10 +44,16 @@ class QuantConfig:
     key_bits: int | None = None
     value_bits: int | None = None
     outlier_fraction: float = 0.01
+    value_outlier_fraction: float | None = None
     sink_tokens: int = 0
     value_groups: int = 1
     fisher_weight: str = "fisher"
     qnorm: bool = False
+    key_outliers: str = "channel"
+    sink_rule: str = "position"
+    recent_tokens: int = 0
+    logit_bias: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # the method's own; its file says which
 
 
 @dataclass

@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_pool import BlockPool
 from kvquant.errors import DataError, ModelError, PoolExhausted
+from kvquant.kernels import Rope
 from kvquant.measure import Stopwatch
 from kvquant.models.attention_hook import attention_modules, rotate
 from kvquant.models.counting_layer import CountingLayer
@@ -274,7 +275,7 @@ class QuantizedCache(Cache):
             layout = pool.layout
             for row in self.rows:
                 elements += pool.tokens_held(row) * layout.num_layers * layout.num_kv_heads * layout.head_dim
-                if not layout.spec.is_exact:
+                if layout.chains_outliers:
                     kept += int(pool.tensors["key_outlier_count"][:, pool.blocks_of(row)].sum())
         return kept / max(elements, 1)
 
@@ -397,7 +398,8 @@ class QuantizedCache(Cache):
         q, k, v = (x.transpose(1, 2).reshape(B * S, -1, D) for x in (query, keys, values))
         if self._token_index is not None:
             q, k, v = q[self._token_index], k[self._token_index], v[self._token_index]
-        rope, cos, sin = self._ropes[self._rope_types[layer]]
+        tables, cos, sin = self._ropes[self._rope_types[layer]]
+        rope: Rope | None = tables
         attention = PrefillQuantizedAttention(
             self._quantizers[layer],
             self._block_size,
@@ -409,6 +411,10 @@ class QuantizedCache(Cache):
         )
         # fp32 tables and products: the query's rotation must match the keys', which happens tile by tile in fp32.
         turned = rotate(q.float(), cos[:, None], sin[:, None])
+        quantizer = self._quantizers[layer]
+        if quantizer.keys_after_rope:
+            k, rope = rotate(k.float(), cos[:, None], sin[:, None]), None
+        k, turned = quantizer.turn_keys(k), quantizer.turn_query(turned)
         store = self._pools[pool_index].layers[inner]
         with contextlib.nullcontext() if self.stopwatch is None else self.stopwatch:
             attention.store(k, v, store, step)
