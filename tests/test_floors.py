@@ -39,6 +39,7 @@ FLOORS: list[tuple[str, int]] = [
     ("energy", 5),
     ("tracking", 5),
     ("measure", 5),
+    ("statistics", 5),
     ("methods", 3),
     ("config", 6),
     ("validation", 6),
