@@ -20,6 +20,7 @@ NEEDED = {
     "data=wikitext2": ["data.path=/somewhere"],
     "data=text_file": ["data.path=/somewhere"],
     "batch=trace": ["batch.trace_path=/somewhere.csv"],
+    "task=longbench": ["task.path=/somewhere"],
 }
 REFUSED = {"kernel=triton"}
 

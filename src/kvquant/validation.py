@@ -16,7 +16,7 @@ from kvquant.errors import ConfigError
 from kvquant.spec import NUQ_FAMILY, QuantSpec
 
 # Tasks whose figures are about quality: with exact reads a prompt's own keys and values would not be quantized.
-QUALITY_TASKS = ("perplexity",)
+QUALITY_TASKS = ("perplexity", "compare", "passkey", "ruler", "longbench", "lm_eval")
 # Outlier indices are 16 bits, token*D + channel within a block and head: 1,024 tokens is the most at D = 64.
 MAX_BLOCK_SIZE = 1024
 BLOCK_SIZE_STEP = 32

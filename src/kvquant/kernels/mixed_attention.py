@@ -16,7 +16,7 @@ from kvquant.kernels import RecentStore, Rope
 from kvquant.kernels.tiled_attention import _rotate
 from kvquant.ragged import RaggedStep, cumulative_lengths
 
-_QUERY_CHUNK = 512
+_QUERY_CHUNK = 256
 
 
 def attend_mixed(
@@ -94,17 +94,20 @@ def attend_mixed(
                 turned = _rotate(q, rope.base_cos[k], -rope.base_sin[k])
             for first in range(0, length, _QUERY_CHUNK):
                 rows = slice(first, min(first + _QUERY_CHUNK, length))
+                if k * tile >= past + rows.stop:
+                    continue  # every key lies behind every query
                 here = at[rows, None]  # [Q, 1]
                 visible = (position <= here) & written
                 if window is not None:
                     visible &= position > here - window
                 choose = [available & (is_sink | (position >= start[rows, None])) for start in first_exact]
                 x = turned[rows].permute(1, 2, 0, 3)  # [H, G, Q, D]
-                quantized_scores = x @ stored[0][:, None].transpose(-1, -2)
                 shift = bias[tokens][rows].view(-1, H, Hq // H).permute(1, 2, 0)[..., None]
-                scores = torch.where(
-                    choose[0], x @ exact[0][:, None].transpose(-1, -2), quantized_scores - shift
-                )
+                scores = x @ stored[0][:, None].transpose(-1, -2) - shift
+                # Most tiles lie before every query's window: they have one face.
+                has_exact = [bool(c.any()) for c in choose]
+                if has_exact[0]:
+                    scores = torch.where(choose[0], x @ exact[0][:, None].transpose(-1, -2), scores)
                 if softcap is not None:
                     scores = torch.tanh(scores / softcap) * softcap
                 scores = scores.masked_fill(~visible, -torch.inf)
@@ -114,9 +117,9 @@ def attend_mixed(
                 fade = torch.exp(best[:, :, rows] - safe)
                 best[:, :, rows] = new
                 total[:, :, rows] = total[:, :, rows] * fade + weights.sum(-1, keepdim=True)
-                product = (weights * choose[1]) @ exact[1][:, None] + (weights * ~choose[1]) @ stored[1][
-                    :, None
-                ]
+                product = weights @ stored[1][:, None]
+                if has_exact[1]:
+                    product += (weights * choose[1]) @ (exact[1] - stored[1])[:, None]
                 result[:, :, rows] = result[:, :, rows] * fade + product
         out[tokens] = (result / total).permute(2, 0, 1, 3).reshape(length, Hq, D).to(query.dtype)
     return out

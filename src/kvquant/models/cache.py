@@ -92,17 +92,18 @@ class QuantizedCache(Cache):
         prompts: Sequence[Sequence[int] | Tensor],
         rows: Sequence[int] | None = None,
         *,
-        logits: str = "last",
+        logits: str | int = "last",
     ) -> Tensor:
         """Run the model over new tokens of several sequences at once, without padding, and keep their K and V.
 
         Args:
             prompts: token ids of each sequence, lists or int tensors [S_i], of any lengths.
             rows: which sequences they continue; None: the open ones in order, or new ones if none is open.
-            logits: ``last``: of each sequence's last token; ``all``: of every token.
+            logits: ``last``: of each sequence's last token; ``all``: of every token; a number: of that many last
+                tokens of each.
 
         Returns:
-            [B, V] (``last``) or [T, V] (``all``).
+            [B, V] (``last``), [T, V] (``all``) or [B * number, V].
 
         Raises:
             DataError: an empty prompt, or more tokens than the model's context.
@@ -121,7 +122,9 @@ class QuantizedCache(Cache):
         positions = torch.cat(
             [torch.arange(n, device=device) + self.length(r) for n, r in zip(lengths, rows, strict=True)]
         )
-        last = torch.tensor(cumulative_lengths(lengths)[1:], device=device) - 1
+        last_tokens = 1 if isinstance(logits, str) else logits
+        last = torch.tensor(cumulative_lengths(lengths)[1:], device=device)[:, None] - last_tokens
+        last = (last + torch.arange(last_tokens, device=device)).flatten()
         self._packed = (list(rows), lengths)
         self._token_index = None
         try:
@@ -130,7 +133,7 @@ class QuantizedCache(Cache):
                 position_ids=positions[None],
                 past_key_values=self,
                 use_cache=True,
-                logits_to_keep=last if logits == "last" else 0,
+                logits_to_keep=0 if logits == "all" else last,
             )
         finally:
             self._packed = None
