@@ -52,7 +52,7 @@ FLOORS: list[tuple[str, int]] = [
 ROOMS = {
     "hydra": ("config", "validation", "preflight", "cli", "tasks", "report"),
     "omegaconf": ("config", "validation", "preflight", "cli", "tasks", "report"),
-    "transformers": ("models", "calibration", "data", "tasks"),
+    "transformers": ("models", "calibration", "data", "tasks", "methods.hf_quantized"),
     "triton": ("kernels.triton_kernels",),
 }
 HEAVY = {

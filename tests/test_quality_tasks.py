@@ -252,3 +252,75 @@ def test_a_context_beyond_the_model_needs_rope_scaling(run) -> None:
 def test_a_dev_and_a_test_part_share_no_document(run) -> None:
     parts = [run("task=perplexity", "task.window=256", f"task.part={p}")["metrics"] for p in ("dev", "test")]
     assert parts[0]["perplexity_exact"] != parts[1]["perplexity_exact"]
+
+
+@pytest.mark.parametrize("backend", ["hqq", "quanto"])
+def test_the_outside_baseline_reads_a_text_piece_by_piece(run, backend: str) -> None:
+    pytest.importorskip(backend if backend == "hqq" else "optimum.quanto")
+    rows = f"task.variants=[{{option: hf_quantized, bits: [2, 4], options: {{backend: {backend}}}, recent_tokens: 64}}]"
+    table = run(*SMALL, rows, "task.passkeys=0")["metrics"]["variants"]
+    two, four = (table[f"hf_quantized{bits} recent_tokens=64"] for bits in (2, 4))
+    assert two["kl"]["estimate"] > 3 * four["kl"]["estimate"] > 0
+    assert 2 < two["effective_bits"] < four["effective_bits"] < 16
+
+
+def test_the_outside_baseline_is_refused_where_blocks_are_needed() -> None:
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", overrides=["quant=hf_quantized"])
+    with pytest.raises(ConfigError, match="try task=perplexity or task=compare"):
+        validate(cfg)
+
+
+LM_TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+
+
+def test_the_harness_scores_a_local_task_as_a_plain_forward_pass_does(run, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    questions = [
+        {"question": "import os\nimport", "choices": [" sys", " banana tree, and then"], "answer": 0},
+        {"question": "def f(self", "choices": [" zebra", "):\n    return"], "answer": 1},
+        {"question": "The pass key is 12345. The pass key is", "choices": [" 12345", " 54321"], "answer": 0},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "local_choice.yaml").write_text(LM_TASK % (tmp_path / "rows.jsonl"))
+    overrides = ("task=lm_eval", "task.tasks=[local_choice]", f"task.include_path={folder}", "quant.bits=8")
+    entry = run(*overrides)["metrics"]["tasks"]["local_choice"]["acc"]
+    assert entry["n"] == 3 and entry["exact"] == entry["quantized"]
+    samples = json.loads((tmp_path / "items.json").read_text())["exact"]["local_choice"]
+
+    import torch
+
+    from kvquant.models import load_model, load_tokenizer
+
+    model, tokenizer = load_model(), load_tokenizer()
+    for sample, question in zip(sorted(samples, key=lambda s: s["doc_id"]), questions, strict=True):
+        for choice, response in zip(question["choices"], sample["filtered_resps"], strict=True):
+            context = tokenizer.encode(question["question"])
+            whole = tokenizer.encode(question["question"] + choice)
+            with torch.inference_mode():
+                logits = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+            picked = sum(float(logits[i - 1, whole[i]]) for i in range(len(context), len(whole)))
+            assert float(response[0]) == pytest.approx(picked, rel=0.02, abs=0.1)
+
+
+def test_a_task_that_the_harness_does_not_have_is_named(run) -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(ConfigError, match="got no_such_task; list them"):
+        run("task=lm_eval", "task.tasks=[no_such_task]")

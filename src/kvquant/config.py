@@ -299,6 +299,25 @@ class LongbenchTask(TaskConfig):
 
 
 @dataclass
+class LmEvalTask(TaskConfig):
+    """Tasks of the lm-evaluation-harness."""
+
+    name: str = "lm_eval"
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """At least one task."""
+        require(bool(task.tasks), "task.tasks", "at least one", "none", "[arc_easy]")
+        require(task.limit is None or task.limit >= 1, "task.limit", "1 or more, or null", task.limit, "null")
+        require(task.batch_size >= 1, "task.batch_size", "1 or more", task.batch_size, "8")
+
+
+@dataclass
 class GenerateTask(TaskConfig):
     """Continue a prompt from a quantized and from an exact cache, side by side."""
 

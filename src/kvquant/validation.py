@@ -196,6 +196,11 @@ def _check_task(cfg: Any) -> None:
     tasks[cfg.task.name].check(cfg.task)
     if cfg.task.name == "quantize" and cfg.quant.method == "none":
         raise ConfigError("quant.method must quantize with task=quantize, got none; try quant=nuq")
+    if cfg.quant.method == "hf_quantized" and cfg.task.name not in ("perplexity", "compare"):
+        raise ConfigError(
+            f"quant.method must keep blocks with task={cfg.task.name}, got hf_quantized, which has a cache of its own; try "
+            "task=perplexity or task=compare"
+        )
     if cfg.task.name in QUALITY_TASKS and cfg.cache.prefill_reads == "exact":
         raise ConfigError(
             f"cache.prefill_reads must be quantized with task={cfg.task.name}, got exact, which would show no "
