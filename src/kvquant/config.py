@@ -323,13 +323,16 @@ class GenerateTask(TaskConfig):
 
     name: str = "generate"
     prompt: str | None = None
+    prompt_tokens: int = 256
+    count: int = 1
     max_new_tokens: int = 128
 
     @staticmethod
     def check(task: Any) -> None:
         """A prompt of zero tokens has nothing to continue."""
         require(task.prompt != "", "task.prompt", "at least one token long", "an empty string", "null")
-        require(task.max_new_tokens >= 1, "task.max_new_tokens", "1 or more", task.max_new_tokens, "128")
+        for name, fix in (("max_new_tokens", "128"), ("prompt_tokens", "256"), ("count", "1")):
+            require(task[name] >= 1, f"task.{name}", "1 or more", task[name], fix)
 
 
 @dataclass

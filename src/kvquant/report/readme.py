@@ -20,6 +20,7 @@ BEGIN, END = "<!-- generated: results (begin) -->", "<!-- generated: results (en
 # Figures of each task worth a place in README, with what they show.
 FIGURES = {
     "prefill": [("bytes.png", "Bytes held per token of the batch, by what they hold")],
+    "compare": [("quality.png", "Divergence from the exact cache against bytes")],
     "allocation": [("append.png", "Cost of appending one token, by tokens already stored")],
 }
 Result = dict[str, Any]
@@ -115,9 +116,20 @@ def _perplexity(results: list[Result]) -> str:
     return f"{head}\n\n{_table(columns, rows)}"
 
 
+def _compare(results: list[Result]) -> str:
+    """Every table of methods, under the preset that makes it."""
+    parts = []
+    for result in results:
+        overrides = result["provenance"].get("overrides") or []
+        preset = next((o for o in overrides if o.startswith("experiment=")), "task=compare")
+        parts.append(_as_printed(f"python src/run.py {preset}")([result]))
+    return "\n\n".join(parts)
+
+
 RENDERERS: dict[str, Callable[[list[Result]], str]] = {
     "prefill": _as_printed("python src/run.py"),
     "perplexity": _perplexity,
+    "compare": _compare,
     "allocation": _as_printed("python src/run.py experiment=ablation_allocation"),
     "quantize": _as_printed("python src/run.py task=quantize quant.bits=4"),
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvquant.calibration import Calibration, exact_calibration
 from kvquant.data.synthetic import passkey_prompts
+from kvquant.report.compare_figure import draw_quality
 from kvquant.spec import QuantSpec
 from kvquant.tasks.compare_table import Row, summarise
 from kvquant.tasks.items import ItemStore
@@ -79,6 +80,8 @@ def run(cfg: Any, context: Any) -> None:
             "items_computed": sum(store.computed for store in stores),
         }
     )
+    if any(entry["kl"]["estimate"] > 0 for entry in metrics["variants"].values()):
+        context.record.add_figure(draw_quality(metrics["variants"], context.run_dir / "quality.png"))
     n = sum(item["n_tokens"] for item in rows[0].sources[0].windows)
     context.record.set_table(
         f"{cfg.model.name} on {cfg.data.name}: {len(windows)} windows of {window} tokens ({n} predicted), "
