@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvquant.batched_quant import BatchedKVQuantizer, method_class
+from kvquant.errors import NonFiniteActivations
 from kvquant.methods.hadamard import hadamard
 from kvquant.models import quantized_kv_cache, record_keys_and_values
 from kvquant.spec import METHODS, QuantSpec
@@ -21,6 +22,10 @@ SETTINGS = {
     "hadamard": {"outlier_fraction": 0.0},
 }
 BLOCK_METHODS = sorted(name for name in METHODS if name != "none" and not method_class(name).outside)
+
+
+# Outliers are what this one is about.
+ALWAYS_OUTLIERS = {"nuq_int8"}
 
 
 def spec_of(name: str, **changes: object) -> QuantSpec:
@@ -105,7 +110,9 @@ def logits_of(model, quantizers, prompts, chunks=(None,), **settings) -> torch.T
 def test_eight_bits_are_nearly_exact_in_a_model(name: str, family: str) -> None:
     model, prompts = small_model(family), prompts_of([150, 150])
     reference = logits_of(model, exact(model), prompts)
-    got = logits_of(model, fitted(model, spec_of(name, bits=8)), prompts)
+    # One group per KV head: eight-bit indices reach 256 channels.
+    spec = spec_of(name, bits=8, value_groups=model.config.num_key_value_heads)
+    got = logits_of(model, fitted(model, spec), prompts)
     assert relative_error(got, reference) < 0.06
 
 
@@ -114,7 +121,8 @@ def test_chunks_give_what_one_call_gives(name: str) -> None:
     """Each query sees what it would see if tokens came one by one; KIVI's open groups and window included."""
     model, prompts = small_model("llama-gqa-llama3"), prompts_of([130] * 5)
     # Keys of the first layer are those of 97 tokens: with outliers, thresholds would lie exactly on some of them.
-    quantizers = fitted(model, spec_of(name, bits=4, outlier_fraction=0.0))
+    fraction = 0.01 if name in ALWAYS_OUTLIERS else 0.0
+    quantizers = fitted(model, spec_of(name, bits=4, outlier_fraction=fraction))
     whole = logits_of(model, quantizers, prompts)
     pieces = logits_of(model, quantizers, prompts, (1, 40, 41, 97))
     # A code on a boundary may fall either way, and layers above make much of it: hence most tokens, not all.
@@ -198,6 +206,32 @@ def test_kivi_is_the_published_arithmetic() -> None:
     # fp16 ranges move an element across a boundary now and then; nothing else may differ.
     for got, want in ((keys_hat, want_keys), (values_hat, want_values)):
         assert float(((got - want).abs() < 5e-3).float().mean()) > 0.995
+
+
+def test_outliers_of_one_byte_cost_half_and_hardly_differ() -> None:
+    keys, values = activations(2000)
+    keys[::7, 0, 3] *= 6
+    quantizers = [
+        BatchedKVQuantizer.calibrate(spec_of(name, bits=3, outlier_fraction=0.02), keys, values)
+        for name in ("nuq", "nuq_int8")
+    ]
+    packed = [q.quantize(keys, values, torch.tensor([0, 2000]), spill_headroom=9) for q in quantizers]
+    assert packed[1].effective_bits < packed[0].effective_bits - 0.3
+    errors = [
+        [relative_error(got, want) for got, want in zip(q.dequantize(p), (keys, values), strict=True)]
+        for q, p in zip(quantizers, packed, strict=True)
+    ]
+    assert errors[1][0] < 1.2 * errors[0][0] and errors[1][1] < 1.05 * errors[0][1]
+
+
+@pytest.mark.parametrize("name", BLOCK_METHODS)
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_a_number_that_is_none_is_named(name: str, side: str) -> None:
+    keys, values = activations(70)
+    quantizer = BatchedKVQuantizer.calibrate(spec_of(name, bits=3), *activations(2000, 1))
+    (keys if side == "key" else values)[33, 1, 5] = torch.nan
+    with pytest.raises(NonFiniteActivations, match=f"{side} activations must be finite"):
+        quantizer.quantize(keys, values, torch.tensor([0, 70]))
 
 
 def test_optimal_clipping_lowers_the_error_of_a_uniform_grid() -> None:

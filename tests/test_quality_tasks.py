@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,48 @@ def test_longbench_reads_local_files(run, tmp_path) -> None:
     (tmp_path / "hotpotqa.jsonl").write_text(json.dumps(row) + "\n")
     metrics = run("task=longbench", f"task.path={tmp_path}", "task.suites=[hotpotqa]", "model.max_length=256")
     assert metrics["metrics"]["categories"]["hotpotqa"]["n"] == 1
+
+
+def test_longbench_comes_out_of_the_hub_s_cache(run, tmp_path, monkeypatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    row = {"input": "Who?", "context": "Bob did it.", "answers": ["Bob"], "all_classes": None}
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as file:
+        file.writestr("data/qasper.jsonl", json.dumps(row) + "\n")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: str(tmp_path / "data.zip"))
+    overrides = ("task=longbench", "task.path=hub", "model.max_length=512")
+    assert run(*overrides, "task.suites=[qasper]")["metrics"]["categories"]["qasper"]["n"] == 1
+    with pytest.raises(DataError, match="must hold data/musique.jsonl"):
+        run(*overrides, "task.suites=[musique]")
+
+    def absent(*args, **kwargs):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
+    with pytest.raises(DataError, match="where there is internet, and set task.path"):
+        run(*overrides, "task.suites=[qasper]")
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "overrides"),
+    [
+        ("ruler-niah_multikey_3-20.jsonl", "ruler", "task.paths=[{}]"),
+        ("longbench-multi_news-20.jsonl", "longbench", "task.path={} task.suites=[multi_news]"),
+    ],
+)
+def test_published_files_are_read_as_they_are(run, name: str, task: str, overrides: str) -> None:
+    """With the files beside the checkout; skipped elsewhere. Prompts of 4,096 tokens do not fit the shipped model."""
+    found = sorted(Path(__file__).resolve().parents[2].glob(f"shared/data/{name}"))
+    if not found:
+        pytest.skip(f"{name} is not on this machine")
+    settings = overrides.format(found[0]).split()
+    if task == "ruler":
+        with pytest.raises(DataError, match=r"jsonl, row 1: prompt and answer must fit the model's context"):
+            run(f"task={task}", "task.count=1", *settings)
+    else:
+        metrics = run(f"task={task}", "task.count=1", "model.max_length=400", *settings)["metrics"]
+        assert metrics["categories"]["multi_news"]["n"] == 1
 
 
 GOOD = b'{"input": "a", "outputs": ["b"]}\n'

@@ -11,7 +11,9 @@ import dataclasses
 import difflib
 import re
 import string
+import zipfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from kvquant.errors import DataError
@@ -188,6 +190,33 @@ def suite(name: str) -> Suite:
     if found is None:
         raise DataError(f"task.suites must be among {', '.join(SUITES)}, got {name}; try hotpotqa")
     return found
+
+
+def hub_file(name: str, folder: Path) -> Path:
+    """One task's jsonl out of LongBench's data.zip in the hub's cache (downloaded if there is internet).
+
+    Args:
+        name: the task.
+        folder: where to unpack it.
+
+    Raises:
+        DataError: neither in the cache nor reachable, or without such a task.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        archive = hf_hub_download("THUDM/LongBench", "data.zip", repo_type="dataset")
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise DataError(
+            f"task.path=hub needs LongBench in the hub's cache, which cannot be reached from here; download {WHERE_FROM} "
+            "where there is internet, and set task.path to the folder it unpacks to"
+        ) from error
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return Path(file.extract(f"data/{name}.jsonl", folder))
+    except KeyError as error:
+        raise DataError(f"{archive} must hold data/{name}.jsonl, it does not; check task.suites") from error
 
 
 def check_answers(rows: Sequence[dict[str, Any]], path: str) -> None:

@@ -53,8 +53,9 @@ def value_store(tensors: dict[str, Tensor]) -> ValueStore:
     )
 
 
-def flag_keys(keys: Tensor, error: Tensor) -> None:
-    """Record the first channel with NaN or infinity among keys [T, H, D] in the error word, without waiting."""
-    bad = ~torch.isfinite(keys.float().sum(0).flatten())
-    record = torch.stack([torch.full_like(bad.long().argmax(), ERROR_KEY_NOT_FINITE), bad.long().argmax()])
-    error.copy_(torch.where(bad.any() & (error[0] == 0), record.to(error.dtype), error))
+def flag_not_finite(x: Tensor, error: Tensor, kind: int = ERROR_KEY_NOT_FINITE) -> None:
+    """Record the first channel with NaN or infinity in [T, H, D] in the error word, without waiting."""
+    bad = ~torch.isfinite(x.float().sum(0).flatten())
+    channel = bad.to(torch.uint8).argmax()
+    record = torch.stack([torch.full_like(channel, kind), channel]).to(error.dtype)
+    error.copy_(torch.where(bad.any() & (error[0] == 0), record, error))

@@ -118,7 +118,7 @@ class Method(BatchedKVQuantizer):
         assert c is not None and self.spec.key_bits is not None and self.spec.value_bits is not None
         skip = self.write_sinks(keys, values, store, step)
         slots = (step.slot_block, step.slot_offset)
-        own.flag_keys(keys, store.error)
+        own.flag_not_finite(keys, store.error)
         scale = _scale(keys.float())
         codes = nuq.encode(keys, torch.zeros_like(scale), scale, c.key_midpoints)
         # The best scale for these codes (least squares) is rarely the one they were chosen with.

@@ -124,7 +124,7 @@ class Method(BatchedKVQuantizer):
         """Quantize new values, and every key group that a new token belongs to."""
         t, c = own.tensors_of(store), self.constants
         assert c is not None and self.spec.value_bits is not None
-        own.flag_keys(keys, store.error)
+        own.flag_not_finite(keys, store.error)
         self._write_key_groups(keys, store, step)
         get_backend(backend, keys.device.type).write_values(
             values,

@@ -38,7 +38,7 @@ def draw_quality(variants: dict[str, dict[str, Any]], path: Path) -> Path:
                 bits,
                 kl,
                 yerr=ends if all(abs(e) < float("inf") for side in ends for e in side) else None,
-                marker="osD^v"[index // len(_COLOURS) % 5],
+                marker="osD^vPX*"[(index + index // len(_COLOURS)) % 8],
                 markersize=4,
                 capsize=2,
                 linewidth=1,

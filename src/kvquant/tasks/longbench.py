@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvquant.data.longbench import FIELDS, WHERE_FROM, Suite, check_answers, suite
+from kvquant.data.longbench import FIELDS, WHERE_FROM, Suite, check_answers, hub_file, suite
 from kvquant.data.rows import read_rows
 from kvquant.errors import DataError
 from kvquant.tasks.questions import Item, answer, encode_prompt
@@ -22,7 +22,11 @@ def run(cfg: Any, context: Any) -> None:
     task = cfg.task
     loaded: list[tuple[str, Suite, list[dict[str, Any]], str]] = []
     for name in task.suites:
-        path = str(Path(task.path) / f"{name}.jsonl") if Path(task.path).expanduser().is_dir() else task.path
+        if task.path == "hub":
+            path = str(hub_file(name, context.run_dir / "longbench"))
+        else:
+            given = Path(task.path).expanduser()
+            path = str(given / f"{name}.jsonl" if given.is_dir() else given)
         rows = read_rows(path, FIELDS, where_from=f"{WHERE_FROM}, {name}.jsonl", limit=task.count)
         check_answers(rows, path)
         loaded.append((name, suite(name), rows, path))
