@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kvquant.kernels import RecentStore, Rope
-from kvquant.kernels.tiled_attention import _rotate
 from kvquant.ragged import RaggedStep, cumulative_lengths
 
 _QUERY_CHUNK = 256
@@ -89,9 +88,9 @@ def attend_mixed(
             turned = q
             if rope is not None:
                 n = len(position)
-                stored[0] = _rotate(stored[0], rope.offset_cos[:n], rope.offset_sin[:n])
-                exact[0] = _rotate(exact[0], rope.offset_cos[:n], rope.offset_sin[:n])
-                turned = _rotate(q, rope.base_cos[k], -rope.base_sin[k])
+                stored[0] = _turned(stored[0], rope.offset_cos[:n], rope.offset_sin[:n])
+                exact[0] = _turned(exact[0], rope.offset_cos[:n], rope.offset_sin[:n])
+                turned = _turned(q, rope.base_cos[k], -rope.base_sin[k])
             for first in range(0, length, _QUERY_CHUNK):
                 rows = slice(first, min(first + _QUERY_CHUNK, length))
                 if k * tile >= past + rows.stop:
@@ -161,6 +160,13 @@ def _exact_face(
         is_sink[:count] = True
         available |= is_sink
     return faces, available, is_sink
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first R channels of [..., D] by half-split tables broadcast over [..., R/2] (Su et al. 2021)."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 def _half_variance(query: Tensor, key_noise: Tensor, rope: Rope | None, softmax_scale: float) -> Tensor:
