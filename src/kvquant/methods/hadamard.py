@@ -120,7 +120,8 @@ class Method(BatchedKVQuantizer):
         slots = (step.slot_block, step.slot_offset)
         own.flag_not_finite(keys, store.error)
         scale = _scale(keys.float())
-        codes = nuq.encode(keys, torch.zeros_like(scale), scale, c.key_midpoints)
+        rows, row_scale = keys.float().flatten(0, 1), scale.flatten(0, 1)  # [T * H, D], [T * H, 1]
+        codes = nuq.encode(rows, torch.zeros_like(row_scale), row_scale, c.key_midpoints).view_as(keys)
         # The best scale for these codes (least squares) is rarely the one they were chosen with.
         chosen = c.key_centroids[codes.int()]
         best = (keys * chosen).sum(-1) / chosen.square().sum(-1).clamp(min=1e-12)

@@ -176,7 +176,9 @@ class Method(BatchedKVQuantizer):
         high = torch.full_like(low, -torch.inf).scatter_reduce_(0, index, x, "amax")
         side = t["key_zero"].dtype
         zero, scale = (y.to(side) for y in nuq.zero_and_scale(low, high))
-        codes = nuq.encode(x, zero[group], scale[group], c.key_midpoints)
+        # Every element has a range of its own group and channel: normalized, one set of boundaries serves all.
+        x_norm = (x - zero[group].float()) / scale[group].float().clamp(min=1e-12)
+        codes = nuq.encode(x_norm.flatten(1), x.new_zeros(()), x.new_ones(()), c.key_midpoints).view_as(x)
         t["key_codes"][block, :, slot] = pack(codes, self.spec.key_bits)
         heads = position % G == 0  # one token of each group says where its range goes
         at = (block[heads], slice(None), torch.div(slot[heads], G, rounding_mode="floor"))
