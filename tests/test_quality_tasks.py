@@ -304,7 +304,8 @@ def test_the_outside_baseline_reads_a_text_piece_by_piece(run, backend: str) -> 
     table = run(*SMALL, rows, "task.passkeys=0")["metrics"]["variants"]
     two, four = (table[f"hf_quantized{bits} recent_tokens=64"] for bits in (2, 4))
     assert two["kl"]["estimate"] > 3 * four["kl"]["estimate"] > 0
-    assert 2 < two["effective_bits"] < four["effective_bits"] < 16
+    # The last 64 of 128 tokens are exact.
+    assert 10 < two["effective_bits"] < four["effective_bits"] < 16
 
 
 def test_the_outside_baseline_is_refused_where_blocks_are_needed() -> None:

@@ -95,13 +95,17 @@ class Method(BatchedKVQuantizer):
             model(input_ids=piece[None].to(model.device), past_key_values=cache, use_cache=True).logits[0]
             for piece in token_ids.split(spec.recent_tokens)
         ]
-        held = elements = 0
-        for layer in cache.layers:
-            kept = (layer._quantized_keys, layer._quantized_values, layer.keys, layer.values)
-            held += sum(tensor_bytes(x) for x in kept)
+        held = sum(
+            tensor_bytes(x)
+            for layer in cache.layers
+            for x in (layer._quantized_keys, layer._quantized_values)
+        )
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        elements = 2 * len(token_ids) * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        # The residual as full as it gets: read in whole pieces it is empty whenever one could look.
+        held += spec.recent_tokens * per_token * model.dtype.itemsize
+        elements = len(token_ids) * per_token
         return torch.cat(pieces), held, elements
 
 
