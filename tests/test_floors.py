@@ -31,6 +31,7 @@ FLOORS: list[tuple[str, int]] = [
     ("block_layout", 3),
     ("block_pool", 3),
     ("spill_chains", 3),
+    ("value_order", 3),
     ("batched_quant", 3),
     ("prefill_quant", 4),
     ("models", 5),

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvquant import nuq
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
-from kvquant.kernels import ExactStore, LayerConstants, LayerStore, get_backend
+from kvquant.kernels import LayerConstants, LayerStore, StoredLayer, get_backend
 from kvquant.ragged import RaggedStep, cumulative_lengths, lengths_from_cu_seqlens
 from kvquant.spec import METHODS, QuantSpec
 
@@ -334,14 +334,15 @@ class BatchedKVQuantizer:
         self, store: LayerStore, *, backend: str = "auto"
     ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Return ``read(block_ids [S, P]) -> (keys, values)``, dequantized fp32 tiles [S, H, P*BS, D] each."""
-        kernels = get_backend(backend, store.error.device.type)
-        if isinstance(store.keys, ExactStore) or isinstance(store.values, ExactStore):
-            return lambda ids: (kernels.read_exact(store.keys, ids), kernels.read_exact(store.values, ids))
-        key_args = {"bits": self.spec.key_bits, "head_dim": self.head_dim}
-        value_args = {"bits": self.spec.value_bits, "head_dim": self.head_dim}
-        return lambda ids: (
-            kernels.read_keys(store.keys, self.constants, ids, **key_args),
-            kernels.read_values(store.values, self.constants, ids, **value_args),
+        assert self.spec.key_bits is not None and self.spec.value_bits is not None  # set by QuantSpec itself
+        return StoredLayer(
+            get_backend(backend, store.error.device.type),
+            store.keys,
+            store.values,
+            self.constants,
+            self.spec.key_bits,
+            self.spec.value_bits,
+            self.head_dim,
         )
 
     # ---- a batch on its own ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvquant import spill_chains
+from kvquant import spill_chains, value_order
 from kvquant.block_layout import BlockLayout
 from kvquant.errors import NonFiniteActivations, PoolExhausted
 from kvquant.kernels import (
@@ -136,12 +136,18 @@ class BlockPool:
                 scale=t["value_scale"],
                 outlier_index=t["value_outlier_index"],
                 outlier_value=t["value_outlier_value"],
+                outlier_end=t["value_outlier_end"],
             )
         recent = None
         if "recent_keys" in t:
             recent = RecentStore(t["recent_keys"], t["recent_values"], t["recent_position"])
         extra = {name: t[name] for name, _, _ in self.layout.extra}
         return LayerStore(keys, values, t["sink_keys"], t["sink_values"], self.error[index], recent, extra)
+
+    @property
+    def _orders_values(self) -> bool:
+        """Whether full blocks put their value outliers in order by head."""
+        return "value_outlier_end" in self.tensors and self.tensors["value_outlier_index"].shape[-1] > 0
 
     # ---- sequences -------------------------------------------------------------------------------------------
 
@@ -235,10 +241,13 @@ class BlockPool:
             blocks[keep - 1] = self._copy_block(original)
             self._references[original] -= 1
             self._write_table(row, passed + keep - 1, blocks[keep - 1 : keep])
+        before = self._lengths[row]
         self._blocks[row], self._lengths[row] = blocks[:keep], length
         self._release(blocks[keep:])
         if inside and self.layout.chains_outliers:
             spill_chains.crop(self.layers, blocks[keep - 1], inside, self.layout.head_dim)
+        if inside and self._orders_values and length + self.layout.block_size - inside <= before:
+            value_order.reopen(self.tensors, blocks[keep - 1], self.layout.head_dim)
 
     def check_crop(self, row: int, length: int) -> None:
         """Raise what :meth:`crop` would raise for a length it refuses.
@@ -312,10 +321,17 @@ class BlockPool:
             fresh.extend(taken)
         if counts is not None and fresh:
             counts[:, fresh] = 0
+        if "value_outlier_end" in self.tensors and fresh:
+            self.tensors["value_outlier_end"][:, fresh] = 0
         table_width = max(self.layout.blocks_for(p + n) for p, n in zip(past, lengths, strict=True))
         rows_t = torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
         table = self.block_table[rows_t, :table_width]
-        return RaggedStep.build(past, lengths, rows_t, table, self.layout.block_size)
+        BS = self.layout.block_size
+        touched = [
+            self._blocks[row][p // BS - self._passed[row] : self.layout.blocks_for(p + n) - self._passed[row]]
+            for row, p, n in zip(rows, past, lengths, strict=True)
+        ]
+        return RaggedStep.build(past, lengths, rows_t, table, BS, touched)
 
     def commit(self) -> None:
         """:meth:`check`, then :meth:`advance`."""
@@ -342,10 +358,17 @@ class BlockPool:
     def advance(self) -> None:
         """Make the pending call's tokens part of their sequences; apart from :meth:`check` for several pools."""
         assert self._pending is not None, "commit without reserve"
+        filled = []
         for row, new in zip(self._pending.rows, self._pending.lengths, strict=True):
+            full_before = self._lengths[row] // self.layout.block_size - self._passed[row]
             self._lengths[row] += new
+            full_after = self._lengths[row] // self.layout.block_size - self._passed[row]
+            filled += self._blocks[row][full_before:full_after]
             self._give_back(row)
         self._pending = None
+        # Not before the error word was read: an open block is what a failed call is rolled back to.
+        if filled and self._orders_values:
+            value_order.close(self.tensors, filled, self.layout.head_dim)
 
     def rollback(self) -> None:
         """Undo the pending reservation, if there is one: blocks, spill chunks and counts are as before it."""

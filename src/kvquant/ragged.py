@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -59,6 +60,9 @@ class RaggedStep:
         positions: position of every token in its sequence, int64 [T].
         slot_block: block that takes each token, int64 [T].
         slot_offset: slot within that block, int64 [T].
+        block_size: tokens per block.
+        touched: ids of the blocks that take the new tokens, in order, per sequence (host); None: not known, and then
+            there are no ``runs``.
     """
 
     past: tuple[int, ...]
@@ -69,10 +73,18 @@ class RaggedStep:
     positions: Tensor
     slot_block: Tensor
     slot_offset: Tensor
+    block_size: int
+    touched: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def build(
-        cls, past: Sequence[int], lengths: Sequence[int], rows: Tensor, block_table: Tensor, block_size: int
+        cls,
+        past: Sequence[int],
+        lengths: Sequence[int],
+        rows: Tensor,
+        block_table: Tensor,
+        block_size: int,
+        touched: Sequence[Sequence[int]] | None = None,
     ) -> RaggedStep:
         """Lay out the new tokens of a call, without a device synchronisation.
 
@@ -82,6 +94,7 @@ class RaggedStep:
             rows: rows of the block table, int64 [B].
             block_table: int32 [B, M] with the blocks of past and new tokens.
             block_size: tokens per block.
+            touched: see the attribute.
         """
         device = block_table.device
         total = sum(lengths)
@@ -104,7 +117,33 @@ class RaggedStep:
             positions=positions,
             slot_block=block_table[sequence, block_index].to(torch.int64),
             slot_offset=positions - block_index * block_size,
+            block_size=block_size,
+            touched=None if touched is None else tuple(tuple(blocks) for blocks in touched),
         )
+
+    @functools.cached_property
+    def runs(self) -> Tensor:
+        """The new tokens as runs that share a block, by rising block id: int32 [R, 4].
+
+        A run is (block, first token in the batch, number of tokens, slot of the first token).
+        """
+        assert self.touched is not None, "runs need the host's block ids"
+        runs = []
+        for past, new, start, blocks in zip(
+            self.past, self.lengths, cumulative_lengths(self.lengths), self.touched, strict=False
+        ):
+            first = past // self.block_size
+            for k, block in enumerate(blocks):
+                begin = max(past, (first + k) * self.block_size)
+                end = min(past + new, (first + k + 1) * self.block_size)
+                runs.append((block, start + begin - past, end - begin, begin % self.block_size))
+        device = self.block_table.device
+        return torch.tensor(sorted(runs), dtype=torch.int32).to(device, non_blocking=True)
+
+    @functools.cached_property
+    def kv_lengths_tensor(self) -> Tensor:
+        """Tokens of every sequence once this call is stored, int32 [B] on the device."""
+        return torch.tensor(self.kv_lengths, dtype=torch.int32).to(self.block_table.device, non_blocking=True)
 
     @property
     def kv_lengths(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ KV head, D head_dim, C = H*D channels, N blocks in the pool, BS block_size.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from types import ModuleType
 from typing import NamedTuple
@@ -16,7 +17,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 BACKENDS = ("reference", "pytorch_fused", "triton")
-OPERATIONS = ("write_keys", "write_values", "write_exact", "read_keys", "read_values", "attend")
+OPERATIONS = (
+    "write_keys",
+    "write_values",
+    "write_exact",
+    "close_values",
+    "read_keys",
+    "read_values",
+    "read_exact",
+    "attend",
+)
 SPILL_ENTRIES = 32  # outliers in one spill chunk; 32 two-byte values are one 64-byte line
 
 # What a kernel writes into the pool's error word; 0 means that all is well.
@@ -50,13 +60,21 @@ class KeyStore(NamedTuple):
 
 
 class ValueStore(NamedTuple):
-    """The quantized values of one layer. A token has VG groups with 2n outliers each, channels ascending."""
+    """The quantized values of one layer. A token has VG groups with 2n outliers each.
+
+    In an open block (one that tokens may still join) row t holds token t's outliers, channels ascending, and the index
+    is the channel of the layer. In a closed block the same entries are ordered by head, then token, and the index is
+    slot * D + channel of the head, so that the program of one head reads its own entries and no others.
+    """
 
     codes: Tensor  # [N, H, BS, row_bytes] uint8
     zero: Tensor  # [N, BS, VG] 16-bit float
     scale: Tensor  # [N, BS, VG]
-    outlier_index: Tensor  # [N, BS, VG * 2n] int16 holding the unsigned channel of the layer, 0 to C - 1
+    outlier_index: Tensor  # [N, BS, VG * 2n] int16 holding an unsigned number
     outlier_value: Tensor  # [N, BS, VG * 2n]
+    outlier_end: (
+        Tensor  # [N, H] int32, where each head's entries end in a closed block; all 0: the block is open
+    )
 
 
 class MethodStore(NamedTuple):
@@ -109,6 +127,36 @@ class Rope(NamedTuple):
     offset_sin: Tensor  # [tile, R/2]
     base_cos: Tensor  # [tiles, R/2] fp32 for tile bases 0, tile, 2*tile, ...; without the scaling
     base_sin: Tensor  # [tiles, R/2]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLayer:
+    """One layer's part of the pool with what it takes to read it; calling it dequantizes whole blocks.
+
+    Backends that dequantize tile by tile call it; those that read packed codes take it apart.
+    """
+
+    kernels: ModuleType
+    keys: KeyStore | ExactStore | MethodStore
+    values: ValueStore | ExactStore | MethodStore
+    constants: LayerConstants | None
+    key_bits: int
+    value_bits: int
+    head_dim: int
+
+    def __call__(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pre-RoPE keys and the values of the blocks ``block_ids`` [S, P], fp32 [S, H, P*BS, D] each."""
+        if isinstance(self.keys, ExactStore) or isinstance(self.values, ExactStore):
+            return self.kernels.read_exact(self.keys, block_ids), self.kernels.read_exact(
+                self.values, block_ids
+            )
+        D = self.head_dim
+        return (
+            self.kernels.read_keys(self.keys, self.constants, block_ids, bits=self.key_bits, head_dim=D),
+            self.kernels.read_values(
+                self.values, self.constants, block_ids, bits=self.value_bits, head_dim=D
+            ),
+        )
 
 
 def get_backend(name: str, device_type: str = "cpu") -> ModuleType:

@@ -79,12 +79,30 @@ def read_values(
     by_group.mul_(store.scale[block_ids].float().view(S, tokens, VG).transpose(1, 2)[:, :, None])
     by_group.add_(store.zero[block_ids].float().view(S, tokens, VG).transpose(1, 2)[:, :, None])
     if store.outlier_index.shape[-1]:
-        channel = store.outlier_index[block_ids].to(torch.int64).bitwise_and_(0xFFFF).view(S, tokens, -1)
-        token = torch.arange(tokens, device=block_ids.device).view(1, -1, 1)
-        sequence = torch.arange(S, device=block_ids.device).view(-1, 1, 1)
-        where = (sequence * (H * head_dim) + channel) * tokens + token
+        channel, slot = _value_outlier_places(store, block_ids, head_dim)  # [S, P, BS * 2n]
+        origin = torch.arange(P, device=block_ids.device).view(1, P, 1) * BS
+        sequence = torch.arange(S, device=block_ids.device).view(S, 1, 1)
+        where = (sequence * (H * head_dim) + channel) * tokens + origin + slot
         flat[where] = store.outlier_value[block_ids].float().view_as(where)
     return tile.transpose(-1, -2)
+
+
+def _value_outlier_places(store: ValueStore, block_ids: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Channel of the layer and slot of every outlier of blocks [S, P], open or closed: int64 [S, P, BS * VG*2n] each."""
+    S, P = block_ids.shape
+    _, BS, K = store.outlier_index.shape
+    H = store.outlier_end.shape[-1]
+    number = store.outlier_index[block_ids].view(S, P, BS * K).to(torch.int64) & 0xFFFF
+    end = store.outlier_end[block_ids].to(torch.int64)  # [S, P, H]
+    place = torch.arange(BS * K, device=block_ids.device)
+    head = torch.searchsorted(end, place.expand(S, P, -1).contiguous(), right=True)
+    slot = torch.div(number, head_dim, rounding_mode="floor")
+    closed = end[..., -1:] > 0
+    # A slot not yet written may hold a number from when the block was closed last, which is no channel.
+    channel = torch.where(
+        closed, head * head_dim + number - slot * head_dim, number.clamp(max=H * head_dim - 1)
+    )
+    return channel, torch.where(closed, slot, torch.div(place, K, rounding_mode="floor"))
 
 
 def _channel_major_tile(S: int, H: int, tokens: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -193,3 +193,26 @@ def _check_finite(x: Tensor, kind: int, error: Tensor, C: int, channel: Tensor |
 def _set_error(error: Tensor, kind: int, channel: int) -> None:
     if int(error[0]) == 0:
         error.copy_(torch.tensor([kind, channel], dtype=error.dtype))
+
+
+def close_values(index: Tensor, value: Tensor, end: Tensor, blocks: Tensor, *, head_dim: int) -> None:
+    """Order the value outliers of full blocks by head, then token (see ``ValueStore``), in all layers at once.
+
+    Args:
+        index: channels of the layer, int16 [L, N, BS, VG*2n]; becomes slot * D + channel of the head.
+        value: [L, N, BS, VG*2n].
+        end: int32 [L, N, H]; set to where each head's entries end.
+        blocks: the blocks to order, all open, int64 [P].
+        head_dim: D.
+    """
+    L, _, BS, K = index.shape
+    H, P = end.shape[-1], blocks.numel()
+    channel = index[:, blocks].view(L, P, BS, K).to(torch.int32) & 0xFFFF
+    head = torch.div(channel, head_dim, rounding_mode="floor")
+    slot = torch.arange(BS, dtype=torch.int32, device=index.device)[:, None]
+    entry = (slot * head_dim + channel - head * head_dim).view(L, P, BS * K).to(torch.int16)
+    by_head, order = head.view(L, P, BS * K).to(torch.int16).sort(stable=True)
+    index[:, blocks] = entry.gather(2, order).view(L, P, BS, K)
+    value[:, blocks] = value[:, blocks].view(L, P, BS * K).gather(2, order).view(L, P, BS, K)
+    heads = torch.arange(H, dtype=torch.int16, device=index.device).expand(L, P, H).contiguous()
+    end[:, blocks] = torch.searchsorted(by_head, heads, right=True).to(torch.int32)

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from kvquant.kernels.fused_read import read_exact, read_keys, read_values
-from kvquant.kernels.fused_write import write_exact, write_keys, write_values
+from kvquant.kernels.fused_write import close_values, write_exact, write_keys, write_values
 from kvquant.kernels.tiled_attention import attend_tiled as attend
 
-__all__ = ["attend", "read_exact", "read_keys", "read_values", "write_exact", "write_keys", "write_values"]
+__all__ = [
+    "attend",
+    "close_values",
+    "read_exact",
+    "read_keys",
+    "read_values",
+    "write_exact",
+    "write_keys",
+    "write_values",
+]

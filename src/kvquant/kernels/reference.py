@@ -149,6 +149,24 @@ def write_values(
         store.codes[block, :, slot] = pack(codes.view(H, D), bits)
 
 
+def close_values(index: Tensor, value: Tensor, end: Tensor, blocks: Tensor, *, head_dim: int) -> None:
+    """Order the value outliers of full blocks by head, then token; see ``ValueStore``."""
+    for layer in range(index.shape[0]):
+        for block in blocks.tolist():
+            rows = [
+                (c // head_dim, slot, c % head_dim, value[layer, block, slot, k].clone())
+                for slot in range(index.shape[2])
+                for k, c in enumerate((index[layer, block, slot].to(torch.int32) & 0xFFFF).tolist())
+            ]
+            rows.sort(key=lambda row: row[:3])
+            for place, (_, slot, channel, kept) in enumerate(rows):
+                number = slot * head_dim + channel
+                index[layer, block].view(-1)[place] = number - 65536 if number > 32767 else number
+                value[layer, block].view(-1)[place] = kept
+            for h in range(end.shape[-1]):
+                end[layer, block, h] = sum(row[0] <= h for row in rows)
+
+
 def read_exact(store: ExactStore, block_ids: Tensor) -> Tensor:
     """Return fp32 [S, H, P*BS, D] of the blocks ``block_ids`` [S, P]."""
     return torch.stack([torch.cat([store.data[int(b)].float() for b in row], dim=1) for row in block_ids])
@@ -203,12 +221,19 @@ def _value_block(store: ValueStore, constants: LayerConstants, block: int, bits:
     for slot in range(BS):
         flat = constants.value_centroids[codes[:, slot].flatten()].view(VG, -1)
         flat = flat * store.scale[block, slot].float()[:, None] + store.zero[block, slot].float()[:, None]
-        row = flat.flatten()
-        for k in range(store.outlier_index.shape[-1]):
-            row[int(store.outlier_index[block, slot, k]) & 0xFFFF] = store.outlier_value[
-                block, slot, k
-            ].float()
-        out[:, slot] = row.view(H, D)
+        out[:, slot] = flat.view(H, D)
+    index = (store.outlier_index[block].to(torch.int32) & 0xFFFF).flatten().tolist()
+    kept = store.outlier_value[block].float().flatten()
+    ends = store.outlier_end[block].tolist()
+    for place, number in enumerate(index):
+        if ends[-1]:  # closed: by head, numbered slot * D + channel of the head
+            h = sum(end <= place for end in ends)
+            slot, d = divmod(number, D)
+        else:  # open: row t is token t, numbered by the layer's channel
+            slot, (h, d) = place // store.outlier_index.shape[-1], divmod(number, D)
+            if h >= H:  # a slot not yet written, with a number from when the block was closed last
+                continue
+        out[h, slot, d] = kept[place]
     return out
 
 

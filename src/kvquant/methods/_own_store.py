@@ -50,6 +50,7 @@ def value_store(tensors: dict[str, Tensor]) -> ValueStore:
         scale=tensors["value_scale"],
         outlier_index=tensors["value_outlier_index"],
         outlier_value=tensors["value_outlier_value"],
+        outlier_end=tensors["value_outlier_end"],
     )
 
 

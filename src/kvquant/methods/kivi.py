@@ -110,6 +110,7 @@ class Method(BatchedKVQuantizer):
                 "value_scale": ((block_size, channels), side),
                 "value_outlier_index": ((block_size, 0), torch.int16),
                 "value_outlier_value": ((block_size, 0), side),
+                "value_outlier_end": ((H,), torch.int32),
             },
         )
 
