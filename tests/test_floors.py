@@ -40,7 +40,8 @@ FLOORS: list[tuple[str, int]] = [
     ("energy", 5),
     ("tracking", 5),
     ("measure", 5),
-    ("methods", 5),
+    ("statistics", 5),
+    ("methods", 3),
     ("config", 6),
     ("validation", 6),
     ("preflight", 6),
@@ -52,7 +53,7 @@ FLOORS: list[tuple[str, int]] = [
 ROOMS = {
     "hydra": ("config", "validation", "preflight", "cli", "tasks", "report"),
     "omegaconf": ("config", "validation", "preflight", "cli", "tasks", "report"),
-    "transformers": ("models", "calibration", "data", "tasks"),
+    "transformers": ("models", "calibration", "data", "tasks", "methods.hf_quantized"),
     "triton": ("kernels.triton_kernels",),
 }
 HEAVY = {

@@ -116,6 +116,20 @@ def test_generate_compares_two_continuations(run) -> None:
     assert 0 <= metrics["equal_tokens"] <= 6
 
 
+def test_generate_counts_tokens_until_continuations_part(run, tmp_path) -> None:
+    metrics = run(
+        "task=generate", "task.max_new_tokens=8", "task.prompt_tokens=40", "task.count=3", "quant.bits=2"
+    )["metrics"]
+    records = json.loads((tmp_path / "items.json").read_text())
+    assert len(records) == metrics["prompts"] == 3 and metrics["equal_tokens_mean"]["n"] == 3
+    for record in records:
+        exact, quantized, same = *record["tokens"].values(), record["equal_tokens"]
+        assert exact[:same] == quantized[:same]
+        assert record["diverged"] == (exact != quantized)
+        if record["diverged"] and None not in record["first_diverging"]:
+            assert exact[same] != quantized[same]
+
+
 def test_generate_refuses_what_does_not_fit(run, tmp_path) -> None:
     with pytest.raises(DataError, match="shorten"):
         run("task=generate", "task.max_new_tokens=3000")

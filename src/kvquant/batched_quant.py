@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
 from kvquant.kernels import LayerConstants, LayerStore, StoredLayer, get_backend
 from kvquant.ragged import RaggedStep, cumulative_lengths, lengths_from_cu_seqlens
-from kvquant.spec import QuantSpec
+from kvquant.spec import METHODS, QuantSpec
 
 
 @dataclasses.dataclass
@@ -38,7 +40,7 @@ class PackedKV:
     @property
     def key_outlier_fraction(self) -> float:
         """Fraction of key elements that were kept exactly."""
-        if self.pool.layout.spec.is_exact:
+        if not self.pool.layout.chains_outliers:
             return 0.0
         kept = sum(
             int(self.pool.tensors["key_outlier_count"][:, block].sum())
@@ -51,21 +53,69 @@ class PackedKV:
 class BatchedKVQuantizer:
     """The quantizer of one layer: a spec and what calibration fixed.
 
+    This class holds the nuq family (a codebook, key ranges per channel, value ranges per token, outliers) and exact
+    storage; each file of ``kvquant.methods`` derives from it and overrides what it does otherwise.
+
     Args:
         spec: the settings.
         num_kv_heads: H.
         head_dim: D.
         constants: thresholds and codebooks; None for ``method="none"``.
+
+    Attributes:
+        default_options: the method's own settings, ``quant.options.<name>``, with the values they have by default.
+        keys_after_rope: whether keys are stored rotated to their positions instead of being rotated when read.
+        own_store: whether blocks hold other tensors than the nuq family's, which only PyTorch kernels read.
+        outside: whether another library keeps the cache, so that there are no blocks at all.
+        calibrated: whether something is fitted on calibration text.
+        key_noise: variance that quantization adds to each key channel, [H, D] fp32; for ``spec.logit_bias``.
     """
+
+    default_options: ClassVar[Mapping[str, Any]] = {}
+    keys_after_rope: ClassVar[bool] = False
+    own_store: ClassVar[bool] = False
+    outside: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = True
 
     def __init__(
         self, spec: QuantSpec, num_kv_heads: int, head_dim: int, constants: LayerConstants | None
     ) -> None:
-        if (constants is None) != spec.is_exact:
+        if (constants is None) != spec.is_exact and not self.own_store:
             raise ValueError(
                 f"quant.method {spec.method!r} needs calibrated constants; use BatchedKVQuantizer.calibrate"
             )
         self.spec, self.num_kv_heads, self.head_dim, self.constants = spec, num_kv_heads, head_dim, constants
+        self.key_noise: Tensor | None = None
+
+    @classmethod
+    def uncalibrated(cls, spec: QuantSpec, num_kv_heads: int, head_dim: int) -> BatchedKVQuantizer:
+        """The quantizer of a method that fits nothing."""
+        return cls(spec, num_kv_heads, head_dim, None)
+
+    @classmethod
+    def check(cls, spec: QuantSpec) -> None:
+        """Refuse settings that the method does not have.
+
+        Raises:
+            ValueError: names the setting, its value and a fix.
+        """
+        unknown = sorted(set(dict(spec.options)) - set(cls.default_options))
+        if unknown:
+            known = ", ".join(cls.default_options) or "none"
+            raise ValueError(
+                f"quant.options of quant={spec.method} must be among {known}, got {unknown[0]}; leave it out"
+            )
+
+    @classmethod
+    def codebook(cls, spec: QuantSpec, bits: int, histogram: Callable[[], nuq.WeightedHistogram]) -> Tensor:
+        """The centroids of one layer's keys or values, [2**bits], fp32, ascending.
+
+        Args:
+            spec: the settings.
+            bits: width of a code.
+            histogram: counts the normalized inliers of calibration, for methods that look at them.
+        """
+        raise NotImplementedError
 
     @classmethod
     def calibrate(
@@ -92,35 +142,51 @@ class BatchedKVQuantizer:
         Raises:
             ValueError: shapes disagree, or NaN or infinity among the elements.
         """
-        _, H, D = keys.shape
+        if cls is BatchedKVQuantizer:
+            cls = method_class(spec.method)
+        cls.check(spec)
         if values.shape != keys.shape:
             raise ValueError(
                 f"keys and values must have one shape, got {list(keys.shape)} and {list(values.shape)}"
             )
-        if spec.is_exact:
-            return cls(spec, H, D, None)
-        C = H * D
-        parts = [keys, values, key_fisher, value_fisher]
+        if spec.sink_rule == "key_norm" and spec.sink_tokens and positions is not None:
+            spec = dataclasses.replace(spec, sink_tokens=predicted_sinks(keys, positions, spec.sink_tokens))
         if positions is not None and spec.sink_tokens:
             kept = positions >= spec.sink_tokens
-            parts = [None if p is None else p[kept] for p in parts]
+            keys, values = keys[kept], values[kept]
+            key_fisher, value_fisher = (None if p is None else p[kept] for p in (key_fisher, value_fisher))
+        return cls.fit(spec, keys, values, key_fisher, value_fisher)
+
+    @classmethod
+    def fit(
+        cls,
+        spec: QuantSpec,
+        keys: Tensor,
+        values: Tensor,
+        key_fisher: Tensor | None,
+        value_fisher: Tensor | None,
+    ) -> BatchedKVQuantizer:
+        """:meth:`calibrate` once shapes are checked and sink tokens are left out; what a method overrides."""
+        _, H, D = keys.shape
+        C = H * D
+        parts = [keys, values, key_fisher, value_fisher]
         k, v, kf, vf = (None if p is None else p.reshape(-1, C) for p in parts)
         assert k is not None and v is not None
         if spec.fisher_weight == "none":
             kf = vf = None
         scale2 = spec.fisher_weight == "fisher_scale2"
 
-        lower, upper = nuq.channel_thresholds(k, spec.outlier_fraction)
+        lower, upper = key_thresholds(spec, k)
         zero, scale = nuq.zero_and_scale(lower, upper)
         group = spec.value_group_channels(C)
-        per_end = nuq.value_outlier_count(spec.outlier_fraction, group)
+        per_end = nuq.value_outlier_count(spec.value_outliers, group)
         rows = v.reshape(-1, group)
         row_weights = None if vf is None else vf.reshape(-1, group)
         assert spec.key_bits is not None and spec.value_bits is not None  # set by QuantSpec itself
-        key_codebook, key_centroids = _codebook(
+        key_codebook, key_centroids = cls._codebooks(
             spec, spec.key_bits, lambda: nuq.key_histogram(k, lower, upper, kf, times_scale2=scale2)
         )
-        value_codebook, value_centroids = _codebook(
+        value_codebook, value_centroids = cls._codebooks(
             spec,
             spec.value_bits,
             lambda: nuq.value_histogram(rows, per_end, row_weights, times_scale2=scale2),
@@ -138,17 +204,78 @@ class BatchedKVQuantizer:
             value_midpoints=nuq.midpoints(value_codebook),
             value_centroids=value_centroids,
         )
-        return cls(spec, H, D, constants)
+        quantizer = cls(spec, H, D, constants)
+        if spec.logit_bias:
+            codes = nuq.encode(k, zero, scale, constants.key_midpoints)
+            error = nuq.decode(codes, zero, scale, constants.key_centroids) - k.float()
+            inlier = (k >= lower) & (k <= upper)
+            quantizer.key_noise = error.square().masked_fill_(~inlier, 0.0).mean(0).view(H, D)
+        return quantizer
+
+    @classmethod
+    def _codebooks(
+        cls, spec: QuantSpec, bits: int, histogram: Callable[[], nuq.WeightedHistogram]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the codebook that decides codes, and the centroids that codes decode to (Q-Norm applied)."""
+        counted: list[nuq.WeightedHistogram] = []
+
+        def count() -> nuq.WeightedHistogram:
+            if not counted:
+                counted.append(histogram())
+            return counted[0]
+
+        codebook = cls.codebook(spec, bits, count)
+        if not spec.qnorm:
+            return codebook, codebook
+        gain, offset = nuq.qnorm_affine(count(), codebook)
+        return codebook, codebook * gain + offset
 
     @classmethod
     def exact(cls, num_kv_heads: int, head_dim: int) -> BatchedKVQuantizer:
         """A quantizer that stores everything as it is (``quant=none``)."""
         return cls(QuantSpec(method="none"), num_kv_heads, head_dim, None)
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything that calibration fixed, by name; :meth:`from_state` takes it back."""
+        tensors = {} if self.constants is None else dict(self.constants._asdict())
+        if self.key_noise is not None:
+            tensors["key_noise"] = self.key_noise
+        # The layer's own number, which sink_rule may have lowered.
+        return {**tensors, "sink_tokens": torch.tensor(self.spec.sink_tokens)}
+
+    @classmethod
+    def from_state(
+        cls, spec: QuantSpec, num_kv_heads: int, head_dim: int, tensors: Mapping[str, Tensor]
+    ) -> BatchedKVQuantizer:
+        """Rebuild a quantizer from what :meth:`state` returned."""
+        spec = dataclasses.replace(spec, sink_tokens=int(tensors["sink_tokens"]))
+        constants = None
+        if "key_zero" in tensors:
+            constants = LayerConstants(*(tensors[name] for name in LayerConstants._fields))
+        quantizer = cls(spec, num_kv_heads, head_dim, constants)
+        quantizer.key_noise = tensors.get("key_noise")
+        return quantizer
+
     def to(self, device: torch.device | str) -> BatchedKVQuantizer:
         """The same quantizer with its constants on another device."""
-        moved = None if self.constants is None else LayerConstants(*(t.to(device) for t in self.constants))
-        return BatchedKVQuantizer(self.spec, self.num_kv_heads, self.head_dim, moved)
+        moved = {name: tensor.to(device) for name, tensor in self.state().items()}
+        return type(self).from_state(self.spec, self.num_kv_heads, self.head_dim, moved)
+
+    def layout(
+        self, num_layers: int, dtype: torch.dtype, block_size: int, spill_headroom: float
+    ) -> BlockLayout:
+        """The blocks of ``num_layers`` layers that are stored like this one."""
+        return BlockLayout(
+            self.spec, num_layers, self.num_kv_heads, self.head_dim, dtype, block_size, spill_headroom
+        )
+
+    def turn_keys(self, keys: Tensor) -> Tensor:
+        """Bring keys [T, H, D] into the basis in which they are stored."""
+        return keys
+
+    def turn_query(self, query: Tensor) -> Tensor:
+        """Bring a query [T, Hq, D], rotated at its position, into the basis of the stored keys."""
+        return query
 
     # ---- into and out of one layer of a pool -----------------------------------------------------------------
 
@@ -170,17 +297,42 @@ class BatchedKVQuantizer:
             kernels.write_exact(keys, store.keys, *slots)
             kernels.write_exact(values, store.values, *slots)
             return
-        skip = None
-        if self.spec.sink_tokens and min(step.past) < self.spec.sink_tokens:
-            skip = step.positions < self.spec.sink_tokens
-            rows, at = step.rows[step.token_sequence[skip]], step.positions[skip]
-            store.sink_keys[rows, at] = keys[skip].to(store.sink_keys.dtype)
-            store.sink_values[rows, at] = values[skip].to(store.sink_values.dtype)
+        skip = self.write_sinks(keys, values, store, step)
         args = (self.constants, *slots, skip, store.error)
         kernels.write_keys(keys, store.keys, *args, bits=self.spec.key_bits)
         kernels.write_values(values, store.values, *args, bits=self.spec.value_bits)
 
-    def reader(self, store: LayerStore, *, backend: str = "auto") -> StoredLayer:
+    def write_sinks(self, keys: Tensor, values: Tensor, store: LayerStore, step: RaggedStep) -> Tensor | None:
+        """Keep sink tokens as they are; returns which tokens are sinks, bool [T], or None."""
+        if not self.spec.sink_tokens or min(step.past) >= self.spec.sink_tokens:
+            return None
+        skip = step.positions < self.spec.sink_tokens
+        rows, at = step.rows[step.token_sequence[skip]], step.positions[skip]
+        store.sink_keys[rows, at] = keys[skip].to(store.sink_keys.dtype)
+        store.sink_values[rows, at] = values[skip].to(store.sink_values.dtype)
+        return skip
+
+    def keep_recent(self, keys: Tensor, values: Tensor, store: LayerStore, step: RaggedStep) -> None:
+        """Keep the last tokens of each sequence as they are, once the call's queries have read older ones."""
+        if store.recent is None:
+            return
+        R = store.recent.position.shape[1]
+        end = torch.tensor(step.kv_lengths, device=keys.device)[step.token_sequence]
+        # One writer per place: what a later token of this call would overwrite is not written at all.
+        kept = step.positions >= end - R
+        rows, position = step.rows[step.token_sequence[kept]], step.positions[kept]
+        store.recent.keys[rows, position % R] = keys[kept].to(store.recent.keys.dtype)
+        store.recent.values[rows, position % R] = values[kept].to(store.recent.values.dtype)
+        store.recent.position[rows, position % R] = position.to(torch.int32)
+
+    def recent_start(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """First key and first value that a query at each position [T] reads exactly (its own token counts)."""
+        first = positions + 1 - self.spec.recent_tokens
+        return first, first
+
+    def reader(
+        self, store: LayerStore, *, backend: str = "auto"
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Return ``read(block_ids [S, P]) -> (keys, values)``, dequantized fp32 tiles [S, H, P*BS, D] each."""
         assert self.spec.key_bits is not None and self.spec.value_bits is not None  # set by QuantSpec itself
         return StoredLayer(
@@ -227,7 +379,7 @@ class BatchedKVQuantizer:
                 f"got {list(keys.shape)} and {list(values.shape)}"
             )
         lengths = lengths_from_cu_seqlens(cu_seqlens, T)
-        layout = BlockLayout(self.spec, 1, H, D, keys.dtype, block_size, spill_headroom)
+        layout = self.layout(1, keys.dtype, block_size, spill_headroom)
         per_sequence = [layout.blocks_for(n) for n in lengths]
         pool = BlockPool(
             layout,
@@ -262,17 +414,53 @@ class BatchedKVQuantizer:
         return keys, values
 
 
-def _codebook(
-    spec: QuantSpec, bits: int, histogram: Callable[[], nuq.WeightedHistogram]
-) -> tuple[Tensor, Tensor]:
-    """Return the codebook that decides codes, and the centroids that codes decode to (Q-Norm applied)."""
-    if spec.method == "nuq" or spec.qnorm:
-        counted = histogram()
-    if spec.method == "nuq":
-        codebook = nuq.fit_codebook(counted, bits)
-    else:
-        codebook = nuq.uniform_codebook(bits) if spec.method == "uniform" else nuq.normal_float_codebook(bits)
-    if not spec.qnorm:
-        return codebook, codebook
-    gain, offset = nuq.qnorm_affine(counted, codebook)
-    return codebook, codebook * gain + offset
+def method_class(name: str) -> type[BatchedKVQuantizer]:
+    """Return the class of a method: ``Method`` in ``kvquant/methods/<name>.py``.
+
+    Raises:
+        ValueError: there is no such file; names those there are.
+    """
+    if name not in METHODS:
+        raise ValueError(f"quant.method must be one of {', '.join(METHODS)}, got {name!r}; try nuq")
+    found: type[BatchedKVQuantizer] = importlib.import_module(f"kvquant.methods.{name}").Method
+    return found
+
+
+def key_thresholds(spec: QuantSpec, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper outlier thresholds of each key channel, fp32 [C] each.
+
+    Args:
+        spec: ``outlier_fraction`` of each channel's elements, or of the layer's (``key_outliers``).
+        keys: calibration tokens, [T, C].
+    """
+    if spec.key_outliers == "channel" or spec.outlier_fraction == 0:
+        return nuq.channel_thresholds(keys, spec.outlier_fraction)
+    x = keys.float()
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-12)
+    # The share f of all elements that lies furthest from its channel's mean, in the channel's own units.
+    distance = (x - mean).abs().div_(std).flatten()
+    count = max(1, round(spec.outlier_fraction * distance.numel()))
+    limit = distance.topk(count).values[-1]
+    lower, upper = mean - limit * std, mean + limit * std
+    # A range must not reach beyond what its channel holds: codes would be spent on nothing.
+    return torch.maximum(lower, x.amin(0)), torch.minimum(upper, x.amax(0))
+
+
+def predicted_sinks(keys: Tensor, positions: Tensor, most: int) -> int:
+    """How many leading positions are sinks: their mean key norm is off the other tokens' by over 3 deviations.
+
+    Args:
+        keys: calibration tokens, [T, H, D].
+        positions: of each token in its sequence, [T].
+        most: at most so many.
+    """
+    norm = keys.float().flatten(1).norm(dim=1)
+    rest = norm[positions >= most]
+    if not len(rest):
+        return most
+    found = 0
+    for position in range(most):
+        here = norm[positions == position]
+        if len(here) and bool((here.mean() - rest.mean()).abs() > 3 * rest.std()):
+            found = position + 1
+    return found

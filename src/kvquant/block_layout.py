@@ -40,6 +40,7 @@ class BlockLayout:
         dtype: the model's dtype, which exact storage and sink tokens keep.
         block_size: tokens in a block, BS.
         spill_headroom: outliers the pool has room for, as a multiple of the expected number.
+        extra: further tensors of one block in one layer that a method needs: name, shape, dtype.
 
     Raises:
         ValueError: the block cannot be packed or indexed; the message names the setting and a fix.
@@ -52,6 +53,7 @@ class BlockLayout:
     dtype: torch.dtype
     block_size: int = 64
     spill_headroom: float = 2.0
+    extra: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
 
     def __post_init__(self) -> None:
         BS, D = self.block_size, self.head_dim
@@ -84,7 +86,7 @@ class BlockLayout:
         if self.spec.is_exact:
             return 0
         group = self.spec.value_group_channels(self.num_kv_heads * self.head_dim)
-        return 2 * value_outlier_count(self.spec.outlier_fraction, group) * self.spec.value_groups
+        return 2 * value_outlier_count(self.spec.value_outliers, group) * self.spec.value_groups
 
     @property
     def spill_chunks_per_block(self) -> int:
@@ -93,6 +95,21 @@ class BlockLayout:
             return 0
         room = self.spill_headroom * self.spec.outlier_fraction * self.block_size * self.head_dim
         return self.num_kv_heads * max(1, math.ceil((room - self.key_outlier_base) / SPILL_ENTRIES))
+
+    @property
+    def chains_outliers(self) -> bool:
+        """Whether key outliers vary in number, so that blocks have counts and spill chunks."""
+        return not self.spec.is_exact
+
+    def row_shapes(self) -> Shapes:
+        """Tensors of one sequence in one layer: what stays exact beside the blocks."""
+        H, D, spec = self.num_kv_heads, self.head_dim, self.spec
+        sinks, recent = (0, 0) if spec.is_exact else (spec.sink_tokens, spec.recent_tokens)
+        shapes: Shapes = {f"sink_{side}": ((sinks, H, D), self.dtype) for side in ("keys", "values")}
+        if recent:
+            shapes |= {f"recent_{side}": ((recent, H, D), self.dtype) for side in ("keys", "values")}
+            shapes["recent_position"] = ((recent,), torch.int32)
+        return shapes
 
     def block_shapes(self) -> Shapes:
         """Tensors of one block in one layer."""
@@ -112,6 +129,7 @@ class BlockLayout:
             "value_scale": ((BS, VG), side),
             "value_outlier_index": ((BS, self.value_outliers), torch.int16),
             "value_outlier_value": ((BS, self.value_outliers), side),
+            **{name: (shape, dtype) for name, shape, dtype in self.extra},
             "value_outlier_end": ((H,), torch.int32),
         }
 
@@ -144,6 +162,32 @@ class BlockLayout:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens of one sequence."""
         return -(-num_tokens // self.block_size)
+
+
+class MethodLayout(BlockLayout):
+    """The blocks of a method with a store of its own: ``extra`` is all there is, and nothing varies in number."""
+
+    @property
+    def chains_outliers(self) -> bool:
+        """Never: what a block holds is fixed."""
+        return False
+
+    @property
+    def key_outlier_base(self) -> int:
+        """None are kept apart."""
+        return 0
+
+    def value_shapes(self) -> Shapes:
+        """The nuq family's tensors for values, for methods that differ in keys alone."""
+        return {name: entry for name, entry in super().block_shapes().items() if name.startswith("value_")}
+
+    def block_shapes(self) -> Shapes:
+        """Tensors of one block in one layer."""
+        return {name: (shape, dtype) for name, shape, dtype in self.extra}
+
+    def chunk_shapes(self) -> Shapes:
+        """Nothing spills."""
+        return {}
 
 
 def _bytes(shapes: Shapes) -> int:

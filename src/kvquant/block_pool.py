@@ -24,6 +24,8 @@ from kvquant.kernels import (
     ExactStore,
     KeyStore,
     LayerStore,
+    MethodStore,
+    RecentStore,
     ValueStore,
 )
 from kvquant.ragged import RaggedStep
@@ -88,11 +90,8 @@ class BlockPool:
         self.num_chunks = max(num_blocks * per_block, _MIN_CHUNKS) if per_block else 0
         for name, (shape, dtype) in layout.chunk_shapes().items():
             self.tensors[name] = torch.zeros(L, self.num_chunks, *shape, dtype=dtype, device=device)
-        sink_shape = (L, max_sequences, layout.spec.sink_tokens, layout.num_kv_heads, layout.head_dim)
-        if layout.spec.is_exact:
-            sink_shape = (*sink_shape[:2], 0, *sink_shape[3:])
-        self.tensors["sink_keys"] = torch.zeros(sink_shape, dtype=layout.dtype, device=device)
-        self.tensors["sink_values"] = torch.zeros(sink_shape, dtype=layout.dtype, device=device)
+        for name, (shape, dtype) in layout.row_shapes().items():
+            self.tensors[name] = torch.zeros(L, max_sequences, *shape, dtype=dtype, device=device)
         columns = num_blocks if max_blocks_per_sequence is None else max_blocks_per_sequence
         self.block_table = torch.zeros(max_sequences, columns, dtype=torch.int32, device=device)
         self.spill_top = torch.full((L, 1), self.num_chunks, dtype=torch.int32, device=device)
@@ -112,10 +111,12 @@ class BlockPool:
 
     def _layer(self, index: int) -> LayerStore:
         t = {name: tensor[index] for name, tensor in self.tensors.items()}
-        keys: KeyStore | ExactStore
-        values: ValueStore | ExactStore
+        keys: KeyStore | ExactStore | MethodStore
+        values: ValueStore | ExactStore | MethodStore
         if self.layout.spec.is_exact:
             keys, values = ExactStore(t["keys"]), ExactStore(t["values"])
+        elif not self.layout.chains_outliers:
+            keys = values = MethodStore({name: t[name] for name in self.layout.block_shapes()})
         else:
             keys = KeyStore(
                 codes=t["key_codes"],
@@ -137,7 +138,16 @@ class BlockPool:
                 outlier_value=t["value_outlier_value"],
                 outlier_end=t["value_outlier_end"],
             )
-        return LayerStore(keys, values, t["sink_keys"], t["sink_values"], self.error[index])
+        recent = None
+        if "recent_keys" in t:
+            recent = RecentStore(t["recent_keys"], t["recent_values"], t["recent_position"])
+        extra = {name: t[name] for name, _, _ in self.layout.extra}
+        return LayerStore(keys, values, t["sink_keys"], t["sink_values"], self.error[index], recent, extra)
+
+    @property
+    def _orders_values(self) -> bool:
+        """Whether full blocks put their value outliers in order by head."""
+        return "value_outlier_end" in self.tensors and self.tensors["value_outlier_index"].shape[-1] > 0
 
     # ---- sequences -------------------------------------------------------------------------------------------
 
@@ -210,7 +220,7 @@ class BlockPool:
             self._references[block] += 1
         self._blocks[new], self._lengths[new], self._passed[new] = blocks, self._lengths[row], passed
         self._write_table(new, passed, blocks)
-        for name in ("sink_keys", "sink_values"):
+        for name in self.layout.row_shapes():
             self.tensors[name][:, new] = self.tensors[name][:, row]
         return new
 
@@ -234,10 +244,10 @@ class BlockPool:
         before = self._lengths[row]
         self._blocks[row], self._lengths[row] = blocks[:keep], length
         self._release(blocks[keep:])
-        if inside and not self.layout.spec.is_exact:
+        if inside and self.layout.chains_outliers:
             spill_chains.crop(self.layers, blocks[keep - 1], inside, self.layout.head_dim)
-            if length + self.layout.block_size - inside <= before and self.layout.value_outliers:
-                value_order.reopen(self.tensors, blocks[keep - 1], self.layout.head_dim)
+        if inside and self._orders_values and length + self.layout.block_size - inside <= before:
+            value_order.reopen(self.tensors, blocks[keep - 1], self.layout.head_dim)
 
     def check_crop(self, row: int, length: int) -> None:
         """Raise what :meth:`crop` would raise for a length it refuses.
@@ -290,7 +300,7 @@ class BlockPool:
         tails = [
             self._blocks[row][-1] for row, p in zip(rows, past, strict=True) if p % self.layout.block_size
         ]
-        exact = self.layout.spec.is_exact
+        exact = not self.layout.chains_outliers
         counts = None if exact else self.tensors["key_outlier_count"]
         self._pending = _Reservation(
             rows=list(rows),
@@ -311,6 +321,7 @@ class BlockPool:
             fresh.extend(taken)
         if counts is not None and fresh:
             counts[:, fresh] = 0
+        if "value_outlier_end" in self.tensors and fresh:
             self.tensors["value_outlier_end"][:, fresh] = 0
         table_width = max(self.layout.blocks_for(p + n) for p, n in zip(past, lengths, strict=True))
         rows_t = torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
@@ -356,7 +367,7 @@ class BlockPool:
             self._give_back(row)
         self._pending = None
         # Not before the error word was read: an open block is what a failed call is rolled back to.
-        if filled and self.layout.value_outliers:
+        if filled and self._orders_values:
             value_order.close(self.tensors, filled, self.layout.head_dim)
 
     def rollback(self) -> None:
@@ -388,7 +399,7 @@ class BlockPool:
     def bytes_free(self) -> int:
         """Bytes of free blocks, free spill chunks and sink buffers of free rows (waits for the device)."""
         chunks = int(self.spill_top.sum()) * self.layout.chunk_bytes
-        sinks = sum(self.tensors[name].nbytes for name in ("sink_keys", "sink_values")) // self.max_sequences
+        sinks = sum(self.tensors[name].nbytes for name in self.layout.row_shapes()) // self.max_sequences
         return len(self._free_blocks) * self.layout.block_bytes + chunks + len(self._free_rows) * sinks
 
     @property
@@ -426,7 +437,7 @@ class BlockPool:
             self._references[block] -= 1
             if self._references[block] == 0:
                 freed.append(block)
-        if freed and not self.layout.spec.is_exact:
+        if freed and self.layout.chains_outliers:
             spill_chains.release(self.layers, freed)
         self._free_blocks.extend(freed)
 
@@ -438,7 +449,7 @@ class BlockPool:
         self._references[target] = 1
         for name in self.layout.block_shapes():
             self.tensors[name][:, target] = self.tensors[name][:, source]
-        if not self.layout.spec.is_exact and not spill_chains.copy(self.layers, source, target):
+        if self.layout.chains_outliers and not spill_chains.copy(self.layers, source, target):
             self.tensors["key_outlier_count"][:, target] = 0
             self._references[target] = 0
             self._free_blocks.appendleft(target)

@@ -27,13 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvquant.batched_quant import BatchedKVQuantizer
+from kvquant.batched_quant import BatchedKVQuantizer, method_class
 from kvquant.errors import CalibrationError
-from kvquant.kernels import LayerConstants
 from kvquant.models import ModelShape, model_shape, record_keys_and_values
 from kvquant.spec import QuantSpec
 
-FORMAT = 1
+FORMAT = 2
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, description, total) -> the same items
 
 
@@ -122,8 +121,14 @@ def calibrate(
         CalibrationError: a file is corrupt or was made for something else, the text is too short, memory is too
             small, or the wait was in vain.
     """
-    if spec.is_exact:
-        return exact_calibration(model_shape(model))
+    method = method_class(spec.method)
+    method.check(spec)
+    if not method.calibrated:
+        shape = model_shape(model)
+        quantizers = [
+            method.uncalibrated(spec, shape.num_kv_heads, shape.head_dim) for _ in range(shape.num_layers)
+        ]
+        return Calibration(spec, quantizers, {})
     folder = Path(directory).expanduser()
     # Resolved bits, so that bits=3 and key_bits=value_bits=3 share one file.
     settings = dataclasses.asdict(dataclasses.replace(spec, bits=spec.key_bits or spec.bits))
@@ -294,8 +299,8 @@ def _short_hash(fingerprint: dict[str, str]) -> str:
 def _codebook_tensors(quantizers: list[BatchedKVQuantizer]) -> dict[str, Tensor]:
     tensors = {}
     for layer, quantizer in enumerate(quantizers):
-        assert quantizer.constants is not None  # exact layers never get here
-        for name, tensor in quantizer.constants._asdict().items():
+        state = {**quantizer.state(), "shape": torch.tensor([quantizer.num_kv_heads, quantizer.head_dim])}
+        for name, tensor in state.items():
             # A copy each: safetensors refuses tensors that share memory, as codebook and midpoints may.
             tensors[f"{layer:03d}.{name}"] = tensor.clone().contiguous()
     return tensors
@@ -306,9 +311,9 @@ def _load_codebooks(path: Path, fingerprint: dict[str, str], spec: QuantSpec) ->
     layers = sorted({name.split(".")[0] for name in tensors})
     quantizers = []
     for layer in layers:
-        constants = LayerConstants(*(tensors[f"{layer}.{field}"] for field in LayerConstants._fields))
-        H, D = constants.key_zero.shape
-        quantizers.append(BatchedKVQuantizer(spec, H, D, constants))
+        state = {n.split(".")[1]: t for n, t in tensors.items() if n.split(".")[0] == layer}
+        H, D = state.pop("shape").tolist()
+        quantizers.append(method_class(spec.method).from_state(spec, H, D, state))
     return quantizers
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.kernels import LayerStore, Rope, get_backend
+from kvquant.kernels.mixed_attention import attend_mixed
 from kvquant.ragged import RaggedStep
 
 PREFILL_READS = ("quantized", "exact")
@@ -88,6 +89,26 @@ class PrefillQuantizedAttention:
         sinks = None
         if store.sink_keys.shape[1]:
             sinks = (store.sink_keys[step.rows], store.sink_values[step.rows])
+        if self.quantizer.spec.mixes_exact:
+            out = attend_mixed(
+                query,
+                step,
+                self.quantizer.reader(store, backend=self.backend),
+                rope,
+                (keys, values),
+                sinks,
+                store.recent,
+                self.quantizer.recent_start(step.positions),
+                key_noise=self.quantizer.key_noise,
+                own_exact=own_exact,
+                block_size=self.block_size,
+                blocks_per_tile=blocks_per_tile(self.block_size),
+                softmax_scale=self.softmax_scale,
+                window=self.window,
+                softcap=self.softcap,
+            )
+            self.quantizer.keep_recent(keys, values, store, step)
+            return out
         return get_backend(self.backend, query.device.type).attend(
             query,
             step,

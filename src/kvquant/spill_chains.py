@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvquant.kernels import SPILL_ENTRIES, ExactStore, KeyStore, LayerStore
+from kvquant.kernels import SPILL_ENTRIES, KeyStore, LayerStore
 
 
 def _key_stores(layers: Sequence[LayerStore]) -> Iterator[KeyStore]:
     for layer in layers:
-        assert not isinstance(layer.keys, ExactStore)  # exact storage has no outliers
+        assert isinstance(layer.keys, KeyStore)  # no other store has outliers that vary in number
         yield layer.keys
 
 

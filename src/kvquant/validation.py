@@ -13,10 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kvquant.config import Config, TaskConfig, require
 from kvquant.errors import ConfigError
-from kvquant.spec import QuantSpec
+from kvquant.spec import NUQ_FAMILY, QuantSpec
 
 # Tasks whose figures are about quality: with exact reads a prompt's own keys and values would not be quantized.
-QUALITY_TASKS = ("perplexity",)
+QUALITY_TASKS = ("perplexity", "compare", "passkey", "ruler", "longbench", "lm_eval")
 # Outlier indices are 16 bits, token*D + channel within a block and head: 1,024 tokens is the most at D = 64.
 MAX_BLOCK_SIZE = 1024
 BLOCK_SIZE_STEP = 32
@@ -66,11 +66,27 @@ def _check_model(model: Any) -> None:
     require(model.path != "", "model.path", "a checkpoint folder", "an empty string", "./models/my-model")
 
 
-def _check_quant(quant: Any) -> None:
+def _check_quant(quant: Any, backend: str) -> None:
     try:
-        QuantSpec(**quant)
+        spec = QuantSpec(**quant)
+        # The default methods have nothing further to check, and theirs are the runs that must start at once.
+        if spec.method not in (*NUQ_FAMILY, "none") or spec.options:
+            from kvquant.batched_quant import method_class
+
+            method = method_class(spec.method)
+            method.check(spec)
+            if method.own_store and backend == "triton":
+                raise ValueError(
+                    f"kernel.backend must be pytorch_fused or reference with quant={spec.method}, whose blocks no Triton "
+                    "kernel reads, got triton; try kernel=pytorch_fused"
+                )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if spec.mixes_exact and backend == "triton":
+        raise ConfigError(
+            "kernel.backend must be pytorch_fused or reference with quant.recent_tokens or quant.logit_bias, got triton; "
+            "try kernel=pytorch_fused"
+        )
 
 
 def _check_cache(cache: Any) -> None:
@@ -180,6 +196,11 @@ def _check_task(cfg: Any) -> None:
     tasks[cfg.task.name].check(cfg.task)
     if cfg.task.name == "quantize" and cfg.quant.method == "none":
         raise ConfigError("quant.method must quantize with task=quantize, got none; try quant=nuq")
+    if cfg.quant.method == "hf_quantized" and cfg.task.name not in ("perplexity", "compare"):
+        raise ConfigError(
+            f"quant.method must keep blocks with task={cfg.task.name}, got hf_quantized, which has a cache of its own; try "
+            "task=perplexity or task=compare"
+        )
     if cfg.task.name in QUALITY_TASKS and cfg.cache.prefill_reads == "exact":
         raise ConfigError(
             f"cache.prefill_reads must be quantized with task={cfg.task.name}, got exact, which would show no "
@@ -202,7 +223,7 @@ def check_config(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}") from None
     _check_model(cfg.model)
-    _check_quant(cfg.quant)
+    _check_quant(cfg.quant, cfg.kernel.backend)
     _check_cache(cfg.cache)
     _check_kernel(cfg.kernel)
     _check_batch(cfg.batch)

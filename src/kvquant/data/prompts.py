@@ -41,7 +41,9 @@ def token_stream(tokenizer: Any, documents: Sequence[Document], max_tokens: int 
     return torch.tensor(ids[:max_tokens], dtype=torch.int64)
 
 
-def calibration_stream(tokenizer: Any, documents: Sequence[Document], max_tokens: int, length: int) -> Tensor:
+def calibration_stream(
+    tokenizer: Any, documents: Sequence[Document], max_tokens: int, length: int, seed: int = 0
+) -> Tensor:
     """Cut sequences of ``length`` tokens from documents spread evenly over the corpus.
 
     One sequence per document before any gives a second: thresholds fitted on a few long files let a third more keys
@@ -52,6 +54,7 @@ def calibration_stream(tokenizer: Any, documents: Sequence[Document], max_tokens
         documents: in their fixed order.
         max_tokens: tokens to collect, rounded down to whole sequences.
         length: tokens per sequence.
+        seed: another one draws other documents and other places in them; 0 keeps the fixed order.
 
     Returns:
         int64, the sequences one after the other; shorter than asked for if the text is.
@@ -60,11 +63,17 @@ def calibration_stream(tokenizer: Any, documents: Sequence[Document], max_tokens
         DataError: no document is as long as one sequence, nor are all of them together.
     """
     wanted = max(1, max_tokens // length)
+    if seed:
+        rng = np.random.default_rng(seed)
+        documents = [documents[i] for i in rng.permutation(len(documents))]
     step = max(1.0, len(documents) / wanted)
     chosen = [documents[int(i * step)] for i in range(min(wanted, len(documents)))]
     encoded = [
         torch.tensor(tokenizer.encode(d.text, add_special_tokens=False, verbose=False)) for d in chosen
     ]
+    if seed:
+        # A start of its own in each, as long as a sequence still fits behind it.
+        encoded = [ids[int(rng.integers(0, max(1, len(ids) - length))) :] for ids in encoded]
     sequences: list[Tensor] = []
     for turn in range(wanted):
         pieces = [ids[turn * length : (turn + 1) * length] for ids in encoded]

@@ -77,6 +77,20 @@ class ValueStore(NamedTuple):
     )
 
 
+class MethodStore(NamedTuple):
+    """Keys and values of one layer in the tensors that a method of its own has declared."""
+
+    tensors: dict[str, Tensor]  # each [N, ...]
+
+
+class RecentStore(NamedTuple):
+    """The last R tokens of every sequence, exact; position p lies in place p % R as long as its tag says so."""
+
+    keys: Tensor  # [rows, R, H, D] model dtype
+    values: Tensor  # [rows, R, H, D]
+    position: Tensor  # [rows, R] int32, the position each place holds
+
+
 class LayerConstants(NamedTuple):
     """What calibration fixed for one layer (fp32)."""
 
@@ -93,11 +107,13 @@ class LayerConstants(NamedTuple):
 class LayerStore(NamedTuple):
     """All that the pool holds for one layer."""
 
-    keys: KeyStore | ExactStore
-    values: ValueStore | ExactStore
+    keys: KeyStore | ExactStore | MethodStore
+    values: ValueStore | ExactStore | MethodStore
     sink_keys: Tensor  # [rows, sink_tokens, H, D] model dtype, exact; sink_tokens may be 0
     sink_values: Tensor  # [rows, sink_tokens, H, D]
     error: Tensor  # [2] int64: kind of the first error (0: none), channel
+    recent: RecentStore | None = None  # None where no recent token stays exact
+    extra: dict[str, Tensor] | None = None  # further tensors [N, ...] of a method, by name
 
 
 class Rope(NamedTuple):
@@ -121,8 +137,8 @@ class StoredLayer:
     """
 
     kernels: ModuleType
-    keys: KeyStore | ExactStore
-    values: ValueStore | ExactStore
+    keys: KeyStore | ExactStore | MethodStore
+    values: ValueStore | ExactStore | MethodStore
     constants: LayerConstants | None
     key_bits: int
     value_bits: int

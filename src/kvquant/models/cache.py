@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_pool import BlockPool
 from kvquant.errors import DataError, ModelError, PoolExhausted
+from kvquant.kernels import Rope
 from kvquant.measure import Stopwatch
 from kvquant.models.attention_hook import attention_modules, rotate
 from kvquant.models.counting_layer import CountingLayer
@@ -91,17 +92,18 @@ class QuantizedCache(Cache):
         prompts: Sequence[Sequence[int] | Tensor],
         rows: Sequence[int] | None = None,
         *,
-        logits: str = "last",
+        logits: str | int = "last",
     ) -> Tensor:
         """Run the model over new tokens of several sequences at once, without padding, and keep their K and V.
 
         Args:
             prompts: token ids of each sequence, lists or int tensors [S_i], of any lengths.
             rows: which sequences they continue; None: the open ones in order, or new ones if none is open.
-            logits: ``last``: of each sequence's last token; ``all``: of every token.
+            logits: ``last``: of each sequence's last token; ``all``: of every token; a number: of that many last
+                tokens of each.
 
         Returns:
-            [B, V] (``last``) or [T, V] (``all``).
+            [B, V] (``last``), [T, V] (``all``) or [B * number, V].
 
         Raises:
             DataError: an empty prompt, or more tokens than the model's context.
@@ -120,7 +122,9 @@ class QuantizedCache(Cache):
         positions = torch.cat(
             [torch.arange(n, device=device) + self.length(r) for n, r in zip(lengths, rows, strict=True)]
         )
-        last = torch.tensor(cumulative_lengths(lengths)[1:], device=device) - 1
+        last_tokens = 1 if isinstance(logits, str) else logits
+        last = torch.tensor(cumulative_lengths(lengths)[1:], device=device)[:, None] - last_tokens
+        last = (last + torch.arange(last_tokens, device=device)).flatten()
         self._packed = (list(rows), lengths)
         self._token_index = None
         try:
@@ -129,7 +133,7 @@ class QuantizedCache(Cache):
                 position_ids=positions[None],
                 past_key_values=self,
                 use_cache=True,
-                logits_to_keep=last if logits == "last" else 0,
+                logits_to_keep=0 if logits == "all" else last,
             )
         finally:
             self._packed = None
@@ -274,7 +278,7 @@ class QuantizedCache(Cache):
             layout = pool.layout
             for row in self.rows:
                 elements += pool.tokens_held(row) * layout.num_layers * layout.num_kv_heads * layout.head_dim
-                if not layout.spec.is_exact:
+                if layout.chains_outliers:
                     kept += int(pool.tensors["key_outlier_count"][:, pool.blocks_of(row)].sum())
         return kept / max(elements, 1)
 
@@ -397,7 +401,8 @@ class QuantizedCache(Cache):
         q, k, v = (x.transpose(1, 2).reshape(B * S, -1, D) for x in (query, keys, values))
         if self._token_index is not None:
             q, k, v = q[self._token_index], k[self._token_index], v[self._token_index]
-        rope, cos, sin = self._ropes[self._rope_types[layer]]
+        tables, cos, sin = self._ropes[self._rope_types[layer]]
+        rope: Rope | None = tables
         attention = PrefillQuantizedAttention(
             self._quantizers[layer],
             self._block_size,
@@ -409,6 +414,10 @@ class QuantizedCache(Cache):
         )
         # fp32 tables and products: the query's rotation must match the keys', which happens tile by tile in fp32.
         turned = rotate(q.float(), cos[:, None], sin[:, None])
+        quantizer = self._quantizers[layer]
+        if quantizer.keys_after_rope:
+            k, rope = rotate(k.float(), cos[:, None], sin[:, None]), None
+        k, turned = quantizer.turn_keys(k), quantizer.turn_query(turned)
         store = self._pools[pool_index].layers[inner]
         with contextlib.nullcontext() if self.stopwatch is None else self.stopwatch:
             attention.store(k, v, store, step)

@@ -46,12 +46,13 @@ def group_layers(
     groups: dict[tuple[QuantSpec, int | None], list[int]] = {}
     for layer, quantizer in enumerate(quantizers):
         groups.setdefault((quantizer.spec, shape.windows[layer]), []).append(layer)
-    H, D = shape.num_kv_heads, shape.head_dim
     return [
         LayerGroup(
-            BlockLayout(spec, len(layers), H, D, dtype, block_size, spill_headroom), window, tuple(layers)
+            quantizers[layers[0]].layout(len(layers), dtype, block_size, spill_headroom),
+            window,
+            tuple(layers),
         )
-        for (spec, window), layers in groups.items()
+        for (_, window), layers in groups.items()
     ]
 
 

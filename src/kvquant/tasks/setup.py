@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvquant.calibration import Calibration, CalibrationText, calibrate
 from kvquant.data.corpus import Corpus, load_corpus
 from kvquant.data.prompts import calibration_stream, token_stream
-from kvquant.errors import DataError
+from kvquant.errors import DataError, ModelError
 from kvquant.models import ModelShape, load_model, load_tokenizer, model_shape
 from kvquant.models.loading import model_fingerprint
 from kvquant.spec import QuantSpec
@@ -46,8 +46,15 @@ class Workbench:
         """The quantization settings of this run."""
         return QuantSpec(**dict(self.cfg.quant))
 
-    def calibration(self, spec: QuantSpec | None = None, *, overwrite: bool = False) -> Calibration:
+    def calibration(
+        self, spec: QuantSpec | None = None, *, overwrite: bool = False, seed: int | None = None
+    ) -> Calibration:
         """Fit (or find) the quantizers of every layer on the corpus' calibration split.
+
+        Args:
+            spec: default: the run's own.
+            overwrite: compute anew what is there.
+            seed: which draw of calibration text; default: the run's seed.
 
         Raises:
             CalibrationError: see :func:`kvquant.calibration.calibrate`.
@@ -57,7 +64,13 @@ class Workbench:
         return calibrate(
             self.model,
             CalibrationText(
-                calibration_stream(self.tokenizer, self.corpus.calibration, settings.tokens, length),
+                calibration_stream(
+                    self.tokenizer,
+                    self.corpus.calibration,
+                    settings.tokens,
+                    length,
+                    self.cfg.seed if seed is None else seed,
+                ),
                 length,
                 self.model_hash,
                 self.corpus.sha256,
@@ -69,9 +82,21 @@ class Workbench:
             track=progress(self.console),
         )
 
-    def heldout(self, max_tokens: int | None) -> Tensor:
-        """Tokens of the held-out split, int64 [at most max_tokens]."""
-        return token_stream(self.tokenizer, self.corpus.heldout, max_tokens)
+    def heldout(self, max_tokens: int | None, part: str = "all") -> Tensor:
+        """Tokens of the held-out split, int64 [at most max_tokens].
+
+        Args:
+            max_tokens: where to stop; None: take everything.
+            part: ``all``, or every other document: ``dev`` to choose settings on, ``test`` to report them on.
+        """
+        documents = self.corpus.heldout
+        if part != "all":
+            documents = documents[("dev", "test").index(part) :: 2]
+            if not documents:
+                raise DataError(
+                    f"the held-out split must hold 2 documents or more for task.part={part}, got 1; try task.part=all"
+                )
+        return token_stream(self.tokenizer, documents, max_tokens)
 
     def cache_settings(self) -> dict[str, Any]:
         """The arguments of ``kv.new_cache`` that the configuration sets."""
@@ -85,6 +110,17 @@ class Workbench:
             "backend": self.cfg.kernel.backend,
             "max_length": self.context,
         }
+
+    def quality_settings(self, lengths: list[int]) -> dict[str, Any]:
+        """`cache_settings` for sequences of these lengths, with room for whatever a text holds.
+
+        Outliers vary with the text. Free chunks count in no figure of quality, running out of them would end a table.
+        """
+        settings = self.cache_settings()
+        settings["spill_headroom"] = max(settings["spill_headroom"], 8.0)
+        if settings["num_blocks"] is None and settings["memory_budget_gib"] is None:
+            settings["num_blocks"] = sum(-(-n // settings["block_size"]) for n in lengths)
+        return settings
 
 
 def open_workbench(cfg: Any, context: Any) -> Workbench:
@@ -119,6 +155,11 @@ def open_workbench(cfg: Any, context: Any) -> Workbench:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     limit = min(settings.max_length or shape.max_length, shape.max_length)
+    if settings.max_length is not None and settings.max_length > shape.max_length:
+        raise ModelError(
+            f"model.max_length must be at most the model's context of {shape.max_length}, got {settings.max_length}: "
+            f"its rotary positions end there; set rope scaling in its config.json, or model.max_length={shape.max_length}"
+        )
     torch.manual_seed(cfg.seed)
     return Workbench(cfg, model, tokenizer, shape, limit, corpus, model_hash, context.console)
 
