@@ -39,7 +39,7 @@ class TaskContext:
         console: where progress bars and tables are printed.
         device: the device to run on.
         meter_name: which energy meter to open, see `kvquant.energy.open_meter`.
-        country: whose grid the energy comes from.
+        grid: whose electricity it is: the other arguments of `open_meter`.
     """
 
     def __init__(
@@ -49,21 +49,21 @@ class TaskContext:
         console: Console,
         device: torch.device,
         meter_name: str = "none",
-        country: str = "POL",
+        grid: dict[str, Any] | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.record = record
         self.console = console
         self.device = device
         self._meter_name = meter_name
-        self._country = country
+        self._grid = grid or {}
 
     @functools.cached_property
     def meter(self) -> Meter:
         """The energy meter, opened at first use: touch it before what is measured, since opening one takes time."""
         from kvquant.energy import open_meter
 
-        return open_meter(self._meter_name, country=self._country, use_cuda=self.device.type == "cuda")
+        return open_meter(self._meter_name, use_cuda=self.device.type == "cuda", **self._grid)
 
     def close(self) -> None:
         """Release the meter, if the task opened one."""
@@ -164,7 +164,8 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
         device = resolve_device(cfg.device)
         record.provenance["device"] = device_name(device)
         seed_everything(cfg.seed)
-        context = TaskContext(run_dir, record, console, device, cfg.energy.meter, cfg.energy.country)
+        grid = {key: value for key, value in config["energy"].items() if key != "meter"}
+        context = TaskContext(run_dir, record, console, device, cfg.energy.meter, grid)
         with contextlib.closing(context):
             task.run(cfg, context)
     except BaseException as error:
