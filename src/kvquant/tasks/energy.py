@@ -10,8 +10,10 @@ import math
 import os
 import random
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvquant.calibration import Calibration, exact_calibration
@@ -43,7 +45,7 @@ from kvquant.tasks.setup import Workbench, open_workbench, progress
 
 EXACT = "none"
 # Multiples of one window: loads that differ enough for a line.
-LOAD_STEPS = (1.0, 1.4, 1.8, 2.2, 2.6, 3.0)
+LOAD_STEPS = (1.0, 1.3, 1.6, 1.9, 2.2, 2.5)
 # A product of this size takes about a millisecond on a data-centre GPU, and on a CPU.
 MATRIX_SIZE = {"cuda": 8192, "cpu": 512}
 
@@ -55,9 +57,10 @@ def run(cfg: Any, context: Any) -> None:
         cfg: the composed configuration.
         context: see :class:`kvquant.tasks.run_task.TaskContext`.
     """
-    bench = open_workbench(cfg, context)
     task, metrics = cfg.task, context.record.metrics
-    variants = _variants(bench, task)
+    # First, so that a meter that does not answer costs seconds and not the minutes before it is needed.
+    if context.device.type == "cuda":
+        torch.cuda.init()  # not the meter's time
     before_s = time.perf_counter()
     meter: Meter = context.meter
     metrics["meter"] = {
@@ -67,6 +70,8 @@ def run(cfg: Any, context: Any) -> None:
         "systematic_percent": SYSTEMATIC_PERCENT if meter.kind == MEASURED else None,
         **meter.identity,
     }
+    bench = open_workbench(cfg, context)
+    variants = _variants(bench, task)
     grid = meter.intensity
     metrics["carbon"] = dataclasses.asdict(grid)
     stream = bench.heldout(max(task.batch_sizes) * max(task.prompt_tokens))
@@ -82,22 +87,27 @@ def run(cfg: Any, context: Any) -> None:
         "stable": idle.stable,
         "faults": window_faults(idle.window),
     }
-    log = _WindowLog()
-    metrics["agreement"] = _agreement(bench, context, meter, variants[EXACT], stream, log)
-    if task.load_check:
-        metrics["load"] = _known_load(context, meter, task, idle, rng, log)
-    metrics["points"] = _sweep(bench, context, meter, variants, stream, idle, rng, log)
+    log = _WindowLog(context.run_dir)
+    with contextlib.closing(log):
+        metrics["agreement"] = _agreement(bench, context, meter, variants[EXACT], stream, log)
+        if task.load_check:
+            metrics["load"] = _known_load(context, meter, task, idle, rng, log)
+        metrics["points"] = _sweep(bench, context, meter, variants, stream, idle, rng, log)
     metrics["fleet"] = fleet_table(metrics["points"], task, grid)
     metrics["slurm"] = _outside_meter()
-    log.write(context.run_dir)
     title, columns, rows = energy_table(metrics, cfg)
     context.record.set_table(title, columns, rows)
 
 
 class _WindowLog:
-    """Every window of the run, for windows.json: what the summary rests on."""
+    """Every window of the run, for windows.json: what the summary rests on, and what is left of a run cut short.
 
-    def __init__(self) -> None:
+    Args:
+        run_dir: where the file goes.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
         self.rows: list[dict[str, Any]] = []
 
     def add(self, window: Window, repetitions: int | None = None, **where: Any) -> None:
@@ -107,9 +117,9 @@ class _WindowLog:
             {"name": window.name, **where, **window.as_metrics(), **numbers, "faults": window_faults(window)}
         )
 
-    def write(self, folder: Any) -> None:
+    def close(self) -> None:
         """Write windows.json by temporary file and rename."""
-        path = folder / "windows.json"
+        path = self.run_dir / "windows.json"
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
