@@ -17,7 +17,7 @@ from kvquant.config import register_schemas, validate
 from kvquant.energy import CarbonIntensity, CounterLimits, Sample, Window
 from kvquant.energy.protocol import FilledWindow
 from kvquant.energy.sampling import SampledMeter, ThreadSampler
-from kvquant.errors import ConfigError
+from kvquant.errors import ConfigError, PoolExhausted
 from kvquant.results import load_result
 from kvquant.tasks import run_task
 from kvquant.tasks.energy_summary import compare_point, energy_table, fleet_table, summarize_variant
@@ -40,7 +40,7 @@ def composed(calibration_dir: Path, *overrides: str) -> DictConfig:
     register_schemas()
     always = ["experiment=smoke", "device=cpu", "energy.meter=constant", f"calibration.dir={calibration_dir}"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", overrides=[*always, *QUICK, *overrides])
+        return compose("config", overrides=[*always, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,8 @@ def calibration_dir(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(calibration_dir, tmp_path):
     def execute(*overrides: str) -> dict:
-        cfg = composed(calibration_dir, *overrides)
+        other_task = any(override.startswith("task=") for override in overrides)
+        cfg = composed(calibration_dir, *(() if other_task else QUICK), *overrides)
         run_task.execute(cfg, run_dir=tmp_path, console=Console(quiet=True))
         return load_result(tmp_path)
 
@@ -110,6 +111,19 @@ def test_a_measured_run_gives_ratios_and_says_why_they_are_no_headline(run, monk
     assert len(metrics["fleet"]["rows"]) == 3
 
 
+def test_every_task_says_what_it_took_also_when_it_fails(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("kvquant.energy.open_meter", counter_meter)
+    result = run("task=generate", "task.max_new_tokens=2")
+    block = result["metrics"]["run_energy"]
+    assert block["energy_j"] == pytest.approx(200 * block["energy_window_s"], rel=0.01)
+    assert block["energy_kind"] == "measured" and block["carbon_gco2e"] > 0
+    with pytest.raises(PoolExhausted):
+        run("task=prefill", "cache.num_blocks=1")
+    failed = load_result(tmp_path)
+    assert failed["status"] == "out_of_memory" and failed["metrics"]["run_energy"]["energy_j"] > 0
+    assert "kvquant-energy" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_a_point_that_does_not_fit_is_told_and_the_rest_measured(run) -> None:
     # Four blocks hold two prompts of 40 tokens and not eight.
     points = run("cache.num_blocks=4", "task.batch_sizes=[2,8]", "task.phases=[decode]")["metrics"]["points"]
@@ -141,6 +155,7 @@ def test_a_sound_series_is_a_headline() -> None:
 def test_the_fleets_bill_can_be_done_by_hand(calibration_dir) -> None:
     task = composed(
         calibration_dir,
+        *QUICK,
         "task.fleet_levels=[0,1]",
         "task.fleet_context_tokens=[1000,1000]",
         "task.fleet_generated_tokens=[200,200]",
@@ -178,7 +193,7 @@ def test_reasons_are_numbered_under_the_table(calibration_dir) -> None:
         "points": [point],
         "fleet": {"rows": [], "assumptions": {}},
     }
-    title, columns, rows = energy_table(metrics, composed(calibration_dir))
+    title, columns, rows = energy_table(metrics, composed(calibration_dir, *QUICK))
     assert "systematic +-5% beside every interval" in title
     assert rows[0][-1] == "no (1)" and rows[1][0] == "(1) fewer than 5 windows"
     assert all(len(row) == len(columns) for row in rows)
@@ -201,5 +216,5 @@ def test_reasons_are_numbered_under_the_table(calibration_dir) -> None:
 )
 def test_settings_out_of_range_are_refused(calibration_dir, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        validate(composed(calibration_dir, override))
+        validate(composed(calibration_dir, *QUICK, override))
     assert message in str(error.value) and "; try " in str(error.value)

@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from kvquant.energy import Meter
 
 log = logging.getLogger(__name__)
+
+# Often enough to see a counter wrap or stop, seldom enough to disturb nothing that is timed.
+RUN_POLL_S = 1.0
 
 
 class TaskContext:
@@ -60,13 +64,24 @@ class TaskContext:
 
     @functools.cached_property
     def meter(self) -> Meter:
-        """The energy meter, opened at first use: touch it before what is measured, since opening one takes time."""
+        """The energy meter; opening one may take seconds, which happens before the task starts."""
         from kvquant.energy import open_meter
 
         return open_meter(self._meter_name, use_cuda=self.device.type == "cuda", **self._grid)
 
+    @contextlib.contextmanager
+    def metered_run(self) -> Iterator[None]:
+        """Put the joules of the whole task into its record as ``run_energy``, also when it fails."""
+        window = None
+        try:
+            with self.meter.window("run", poll_s=RUN_POLL_S) as window:
+                yield
+        finally:
+            if window is not None:
+                self.record.metrics["run_energy"] = window.as_metrics()
+
     def close(self) -> None:
-        """Release the meter, if the task opened one."""
+        """Release the meter, if one was opened."""
         if "meter" in self.__dict__:
             self.meter.close()
 
@@ -166,7 +181,7 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
         seed_everything(cfg.seed)
         grid = {key: value for key, value in config["energy"].items() if key != "meter"}
         context = TaskContext(run_dir, record, console, device, cfg.energy.meter, grid)
-        with contextlib.closing(context):
+        with contextlib.closing(context), context.metered_run():
             task.run(cfg, context)
     except BaseException as error:
         status = "failed"
