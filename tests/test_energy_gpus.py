@@ -111,7 +111,8 @@ def test_counter_and_integrated_power_agree(fields: bool) -> None:
         assert len(sampling_threads()) == 1
     assert not sampling_threads()
     assert window.kind == "measured" and "Test GPU, GPU alone" in window.source
-    # One tick of 20 ms at each edge is 8% of half a second; interpolation leaves less.
+    assert window.tick_s == pytest.approx(0.02, abs=0.01)
+    # One tick of 20 ms at each edge is 8% of half a second; what is left of it is less.
     assert window.joules() == pytest.approx(POWER_W * window.duration_s, rel=0.04)
     assert set(window.polled_j) == ({"average", "instant"} if fields else {"unspecified"})
     assert all(j == pytest.approx(POWER_W * window.duration_s, rel=0.01) for j in window.polled_j.values())
@@ -187,6 +188,22 @@ def test_a_gpu_that_is_lost_costs_the_joules_and_not_the_run() -> None:
     with meter.window("work") as again:
         time.sleep(0.05)
     assert again.energy_j is not None
+
+
+def test_a_gpu_lost_at_a_first_edge_leaves_nothing_either() -> None:
+    driver = FakeDriver()
+    meter = meter_of(driver)
+    answers = iter([False, True])
+    original = FakeDriver.nvmlDeviceGetTotalEnergyConsumption
+
+    def lost_after_one(handle: str) -> int:
+        driver.broken = next(answers, True)
+        return original(driver, handle)
+
+    driver.nvmlDeviceGetTotalEnergyConsumption = lost_after_one
+    with pytest.raises(MeterUnavailable, match="GPU is lost"), meter.window("work"):
+        pass
+    assert not sampling_threads()
 
 
 def test_nested_windows_share_one_thread() -> None:

@@ -32,6 +32,7 @@ class RecordedSampler:
 
     Attributes:
         busy_s: reading costs nothing.
+        seen_tick_s: the recording itself says.
 
     Args:
         trace: in order of time.
@@ -40,6 +41,7 @@ class RecordedSampler:
     """
 
     busy_s = 0.0
+    seen_tick_s = None
 
     def __init__(self, trace: Sequence[Sample], clock: ReplayClock, margin_s: float) -> None:
         self._trace, self._clock, self._margin_s = list(trace), clock, margin_s

@@ -32,6 +32,10 @@ class Sampler(Protocol):
     def busy_s(self) -> float:
         """Seconds spent reading so far."""
 
+    @property
+    def seen_tick_s(self) -> float | None:
+        """Seconds between two changes of the counter, if that is known better than from the samples."""
+
     def close(self) -> None:
         """Stop at once."""
 
@@ -45,6 +49,7 @@ class ThreadSampler:
 
     Attributes:
         busy_s: seconds spent reading so far: what measuring costs at most.
+        seen_tick_s: seconds between two changes of the counter, learned at the first window's edge.
 
     Raises:
         MeterError: (from :meth:`stop`) a reading failed meanwhile.
@@ -58,6 +63,7 @@ class ThreadSampler:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.busy_s = 0.0
+        self.seen_tick_s: float | None = None
 
     def now_s(self) -> float:
         """The clock of the samples, seconds."""
@@ -75,7 +81,15 @@ class ThreadSampler:
         if first:
             self._thread = threading.Thread(target=self._run, name="kvquant-energy", daemon=True)
             self._thread.start()
-        self._wait_for_tick(sample)
+        try:
+            ticked = self._wait_for_tick(sample)
+            if ticked and self.seen_tick_s is None:
+                # Once: polled as densely as here, two changes in a row say how long a tick really is.
+                following = self._wait_for_tick(ticked)
+                self.seen_tick_s = following.time_s - ticked.time_s if following else None
+        except BaseException:
+            self._leave()
+            raise
 
     def stop(self, end_s: float) -> list[Sample]:
         """See :class:`Sampler`."""
@@ -83,19 +97,24 @@ class ThreadSampler:
             if self._error is None:
                 self._wait_for_tick(self._take())
         finally:
-            with self._changed:
-                start_s, _ = self._open.pop()
-                samples = [s for s in self._samples if s.time_s >= start_s - 3 * self._tick_s]
-                if self._open:
-                    # What no open window needs any more is forgotten.
-                    oldest = min(start for start, _ in self._open) - 3 * self._tick_s
-                    del self._samples[: bisect.bisect_left(self._samples, oldest, key=lambda s: s.time_s)]
-            if not self._open:
-                self.close()
+            samples = self._leave()
         if isinstance(self._error, MeterError):
             raise self._error
         if self._error is not None:
             raise MeterUnavailable(f"the meter must go on answering, got {self._error}; measure again")
+        return samples
+
+    def _leave(self) -> list[Sample]:
+        """Close the innermost window; the thread goes with the last one. Returns the window's samples."""
+        with self._changed:
+            start_s, _ = self._open.pop()
+            samples = [s for s in self._samples if s.time_s >= start_s - 3 * self._tick_s]
+            if self._open:
+                # What no open window needs any more is forgotten.
+                oldest = min(start for start, _ in self._open) - 3 * self._tick_s
+                del self._samples[: bisect.bisect_left(self._samples, oldest, key=lambda s: s.time_s)]
+        if not self._open:
+            self.close()
         return samples
 
     def close(self) -> None:
@@ -114,7 +133,6 @@ class ThreadSampler:
             sample = self._read()
             self.busy_s += self.now_s() - before_s
             self._samples.append(sample)
-            self._changed.notify_all()
         return sample
 
     def _run(self) -> None:
@@ -132,15 +150,17 @@ class ThreadSampler:
                 self._error = error
                 return
 
-    def _wait_for_tick(self, seen: Sample) -> None:
-        """Wait until the counter has changed since ``seen``, for three ticks at most."""
+    def _wait_for_tick(self, seen: Sample) -> Sample | None:
+        """Wait until the counter has changed since ``seen``, for three ticks at most; returns the sample that saw it."""
         if self._tick_s <= FAST_TICK_S:
-            return
+            return None
         deadline_s = self.now_s() + 3 * self._tick_s
         while self.now_s() < deadline_s and self._error is None:
-            if self._take().counter_j != seen.counter_j:
-                return
+            sample = self._take()
+            if sample.counter_j != seen.counter_j:
+                return sample
             time.sleep(self._tick_s / 50)
+        return None
 
 
 class SampledMeter(Meter):
@@ -191,7 +211,7 @@ class SampledMeter(Meter):
             raise
         except Exception as error:
             raise MeterUnavailable(f"the meter must go on answering, got {error}; measure again") from error
-        window.tick_s = observed_tick_s(samples)
+        window.tick_s = self._sampler.seen_tick_s or observed_tick_s(samples)
         max_gap_s = max(0.5, 5 * self._poll_s)
         for field in sorted({name for s in samples for name in s.power_w}):
             joules = integrated_power(samples, field, start_s, end_s, max_gap_s)
@@ -201,7 +221,7 @@ class SampledMeter(Meter):
         window.state = summarize_states(states)
         if window.duration_s > 0:
             window.state["reading_percent"] = 100 * busy_s / window.duration_s
-        window.energy_j = counter_energy(samples, start_s, end_s, self._limits)
+        window.energy_j = counter_energy(samples, start_s, end_s, self._limits, window.tick_s)
 
     def close(self) -> None:
         """Stop sampling and release the device."""

@@ -87,26 +87,41 @@ def unwrapped(samples: Sequence[Sample], limits: CounterLimits) -> list[tuple[fl
     return out
 
 
-def _ticks(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points at which the total changed; the first one stands for a tick that nobody saw."""
-    return [points[0], *(b for a, b in itertools.pairwise(points) if b[1] != a[1])]
+def _ticks(points: Sequence[tuple[float, float]], tick_s: float) -> list[tuple[float, float]]:
+    """When the total changed: halfway between the reading before and the one that saw it, but within a tick of that.
+
+    The first point stands for a tick that nobody saw.
+    """
+    seen = [
+        (t1 - min(t1 - t0, tick_s) / 2, y1) for (t0, y0), (t1, y1) in itertools.pairwise(points) if y1 != y0
+    ]
+    return [points[0], *seen]
 
 
 def observed_tick_s(samples: Sequence[Sample]) -> float | None:
     """Median seconds between two changes of the counter; None when fewer than three were seen."""
     points = [(s.time_s, s.counter_j) for s in samples if s.counter_j is not None]
-    times = [t for t, _ in _ticks(points)[1:]] if points else []
+    times = [b[0] for a, b in itertools.pairwise(points) if a[1] != b[1]]
     return statistics.median(b - a for a, b in itertools.pairwise(times)) if len(times) > 2 else None
 
 
-def counter_energy(samples: Sequence[Sample], start_s: float, end_s: float, limits: CounterLimits) -> float:
+def counter_energy(
+    samples: Sequence[Sample],
+    start_s: float,
+    end_s: float,
+    limits: CounterLimits,
+    tick_s: float | None = None,
+) -> float:
     """Joules between two times, the counter taken as linear between its ticks.
+
+    Of a window of many ticks the parts beyond the first and the last are charged at the mean power between those.
 
     Args:
         samples: in order of time, from before the start to after the end.
         start_s: first edge, on the samples' clock.
         end_s: last edge.
         limits: what the counter can do.
+        tick_s: how often it really changes; None: as seldom as it may.
 
     Raises:
         CounterReset, CounterJumped: see :func:`unwrapped`.
@@ -136,7 +151,13 @@ def counter_energy(samples: Sequence[Sample], start_s: float, end_s: float, limi
                 f"readings of the energy counter must lie within {late_s:.3f} s of a window's {name}, got "
                 f"{gap_s:.3f} s; lengthen the window or free a processor core"
             )
-    ticks = _ticks(points)
+    ticks = _ticks(points, min(tick_s or limits.tick_s, limits.tick_s))
+    seen = [(t, y) for t, y in ticks[1:] if start_s - 0.1 * limits.tick_s <= t <= end_s]
+    if len(seen) > 1:
+        (t0, y0), (t1, y1) = seen[0], seen[-1]
+        if max(t0 - start_s, end_s - t1) <= 2 * limits.tick_s < (t1 - t0) / 2:
+            # The ticks around an edge hold work and idle alike; the window's own mean power has work alone.
+            return (y1 - y0) * (end_s - start_s) / (t1 - t0)
     return _at(ticks, end_s) - _at(ticks, start_s)
 
 
