@@ -117,6 +117,7 @@ def test_every_task_says_what_it_took_also_when_it_fails(run, tmp_path, monkeypa
     block = result["metrics"]["run_energy"]
     assert block["energy_j"] == pytest.approx(200 * block["energy_window_s"], rel=0.01)
     assert block["energy_kind"] == "measured" and block["carbon_gco2e"] > 0
+    assert block["faults"] in ([], ["window shorter than 5 s"])
     with pytest.raises(PoolExhausted):
         run("task=prefill", "cache.num_blocks=1")
     failed = load_result(tmp_path)

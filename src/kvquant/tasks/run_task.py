@@ -78,7 +78,9 @@ class TaskContext:
                 yield
         finally:
             if window is not None:
-                self.record.metrics["run_energy"] = window.as_metrics()
+                from kvquant.energy.validity import window_faults
+
+                self.record.metrics["run_energy"] = {**window.as_metrics(), "faults": window_faults(window)}
 
     def close(self) -> None:
         """Release the meter, if one was opened."""
