@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from kvquant.energy import CarbonIntensity, CounterLimits, ReplayClock, Sample, load_trace, replay_meter
-from kvquant.energy.traces import integrated_power
+from kvquant.energy.traces import integrated_power, observed_tick_s
+from kvquant.energy.validity import window_faults
 from kvquant.energy.windows import Window
 from kvquant.errors import (
     CounterJumped,
@@ -134,6 +135,18 @@ def test_trapezoid_of_a_ramp_is_exact() -> None:
     assert integrated_power(ramp, "average", 1.05, 4.0, 0.5) == pytest.approx(50 * (16 - 1.05**2))
     assert integrated_power(ramp, "instant", 1.0, 4.0, 0.5) is None
     assert integrated_power(ramp[:20] + ramp[30:], "average", 1.0, 4.0, 0.5) is None
+
+
+def test_a_counter_read_seldom_is_not_taken_for_a_slow_one() -> None:
+    fresh = [Sample(float(t), 80.0 * t) for t in range(36)]
+    clock = ReplayClock(START_S)
+    meter = replay_meter(fresh, clock, CounterLimits(0.001, 700.0), GRID)
+    with meter.window("work") as window:
+        clock.advance(6.0)
+    assert window.tick_s is None and window.joules() == pytest.approx(480.0)
+    assert window_faults(window) == []
+    assert observed_tick_s(record(lambda t, j: j)) == pytest.approx(TICK_S)
+    assert observed_tick_s(fresh) is None and observed_tick_s([]) is None
 
 
 def test_a_trace_is_read_from_json_lines(tmp_path) -> None:

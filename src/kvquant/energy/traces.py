@@ -99,10 +99,14 @@ def _ticks(points: Sequence[tuple[float, float]], tick_s: float) -> list[tuple[f
 
 
 def observed_tick_s(samples: Sequence[Sample]) -> float | None:
-    """Median seconds between two changes of the counter; None when fewer than three were seen."""
+    """Median seconds between two changes of the counter; None when it changes faster than it was read, or hardly."""
     points = [(s.time_s, s.counter_j) for s in samples if s.counter_j is not None]
     times = [b[0] for a, b in itertools.pairwise(points) if a[1] != b[1]]
-    return statistics.median(b - a for a, b in itertools.pairwise(times)) if len(times) > 2 else None
+    repeated = len(points) - 1 - len(times)
+    # Where (almost) every reading is new, the time between changes is that between readings.
+    if len(times) < 3 or repeated < len(times) / 4:
+        return None
+    return statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def counter_energy(
