@@ -26,6 +26,7 @@ PROMISED = (
     "decode.append_s_per_token_quantized",
     "energy.quantized.prefill_energy_j",
     "energy.quantized.prefill_carbon_gco2e",
+    "run_energy.energy_j",
 )
 
 

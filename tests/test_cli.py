@@ -22,12 +22,14 @@ from kvquant.results import load_result
 SRC = Path(__file__).resolve().parent.parent / "src"
 # Runs run.py with a stand-in for a task's module, which needs no model and no torch.
 DRIVER = """
-import runpy, sys, types
+import contextlib, runpy, sys, types
 sys.path.insert(0, {src!r})
 import kvquant.tasks.run_task as run_task
 from kvquant.errors import DataError
 run_task.seed_everything = lambda seed: None
 run_task.resolve_device = lambda name: types.SimpleNamespace(type="cpu")
+# CodeCarbon takes two seconds to look the hardware up.
+run_task.TaskContext.metered_run = lambda self: contextlib.nullcontext()
 task = types.ModuleType("kvquant.tasks.prefill")
 def run(cfg, context):
 {body}

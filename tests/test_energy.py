@@ -10,9 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from kvquant import energy
-from kvquant.energy import CarbonIntensity, CounterMeter, RaplCounter, carbon_intensity, open_meter
-from kvquant.errors import ConfigError, MeterError
+from kvquant.energy import (
+    CarbonIntensity,
+    CounterMeter,
+    RaplCounter,
+    carbon_intensity,
+    open_meter,
+    open_rapl,
+    opening,
+)
+from kvquant.energy.slurm import sacct_energy_j
+from kvquant.energy.windows import MeterWithBeside
+from kvquant.errors import ConfigError, CounterReset, MeterError, MeterUnavailable
 
 GRID = CarbonIntensity(500.0, "test grid")
 
@@ -95,11 +104,17 @@ def test_codecarbon_estimates_offline_and_quietly(
     assert window.energy_j is not None and 0.1 < window.energy_j < 200
     assert "Poland" in window.intensity.source
     assert overhead_s < 0.2
-    with pytest.raises(MeterError, match="cannot be nested"), meter.window("a"), meter.window("b"):
-        pass
-    with meter.window("again") as again:
-        pass
-    assert again.energy_j is not None
+    with meter.window("outer") as outer:
+        for _ in range(2):
+            with meter.window("inner"):
+                time.sleep(0.1)
+        time.sleep(0.1)
+    inner_j = sum(w.joules() for w in meter.windows["inner"])
+    # Time is cut at every edge, so that three pieces of a tenth of a second each belong to the outer window.
+    assert 1.2 * inner_j < outer.joules() < 2 * inner_j
+    with pytest.raises(RuntimeError), meter.window("again"):
+        raise RuntimeError
+    assert meter.windows["again"][0].energy_j is not None
     meter.close()
     deadline_s = time.monotonic() + 5
     while set(threading.enumerate()) - threads:
@@ -115,8 +130,8 @@ def test_auto_takes_the_next_best_and_says_what_it_is(monkeypatch: pytest.Monkey
     def broken(*args: object) -> None:
         raise MeterError("not here")
 
-    monkeypatch.setattr(energy, "open_rapl", broken)
-    monkeypatch.setattr(energy, "CodeCarbonMeter", broken)
+    monkeypatch.setattr(opening, "open_rapl", broken)
+    monkeypatch.setattr(opening, "CodeCarbonMeter", broken)
     meter = open_meter("auto")
     with meter.window("w") as window:
         time.sleep(0.01)
@@ -125,9 +140,75 @@ def test_auto_takes_the_next_best_and_says_what_it_is(monkeypatch: pytest.Monkey
 
 
 def test_a_meter_asked_for_by_name_is_never_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(energy, "RaplCounter", lambda: RaplCounter(tmp_path))
+    monkeypatch.setattr(opening, "open_rapl", lambda intensity: open_rapl(intensity, tmp_path))
     with pytest.raises(MeterError, match="RAPL"):
         open_meter("rapl")
+
+
+def test_rapl_windows_measure_and_say_when_the_counter_was_reset(tmp_path: Path) -> None:
+    package = rapl_zone(tmp_path, "intel-rapl:0", "package-0", 1_000_000, range_uj=262_000_000_000)
+    meter = open_rapl(GRID, tmp_path)
+    with meter.window("work") as window:
+        package.write_text("3500000")
+        time.sleep(0.2)
+    assert window.joules() == pytest.approx(2.5, rel=0.05)
+    assert window.kind == "measured" and "whole machine" in window.source
+    with meter.window("reset") as reset:
+        package.write_text("100")
+    assert reset.energy_j is None and isinstance(reset.failure, CounterReset)
+    with meter.window("after") as after:
+        package.write_text("1000100")
+        time.sleep(0.2)
+    assert after.joules() == pytest.approx(1.0, rel=0.05)
+    assert not [t for t in threading.enumerate() if t.name == "kvquant-energy"]
+
+
+def test_a_meter_beside_is_reported_and_never_added(tmp_path: Path) -> None:
+    package = rapl_zone(tmp_path, "intel-rapl:0", "package-0", 0, range_uj=262_000_000_000)
+    readings = iter([1.0, 8.0])
+    main = CounterMeter("GPU", "measured", GRID, lambda: next(readings))
+    meter = MeterWithBeside(main, {"CPU": open_rapl(GRID, tmp_path)})
+    with meter.window("work") as window:
+        package.write_text("2000000")
+        time.sleep(0.2)
+    assert window.energy_j == 7.0 and window.beside_j == {"CPU": pytest.approx(2.0, rel=0.05)}
+    assert window.as_metrics()["energy_beside_j"] == {"CPU": pytest.approx(2.0, rel=0.05)}
+    meter.close()
+
+
+def fake_sacct(folder: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
+    script = folder / "sacct"
+    script.write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_slurm_counts_a_job_or_its_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_sacct(tmp_path, monkeypatch, r"7|1200\n7.batch|1000\n7.0|150\n")
+    assert sacct_energy_j("7") == 1200
+    fake_sacct(tmp_path, monkeypatch, r"7|\n7.batch|1000\n7.0|150\n")
+    assert sacct_energy_j("7") == 1150
+    # What Slurm says when nothing counts: nothing, zero, or its mark for "no value".
+    fake_sacct(tmp_path, monkeypatch, r"7|18446744073709551614\n7.batch|0\n7.0|\n")
+    with pytest.raises(MeterUnavailable, match="AcctGatherEnergyType"):
+        sacct_energy_j("7")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MeterUnavailable, match="login node"):
+        sacct_energy_j("7")
+
+
+def test_co2_is_joules_times_intensity_times_pue() -> None:
+    readings = iter([0.0, 7.2e6])
+    grid = CarbonIntensity(662.0, "test grid", pue=1.5)
+    meter = CounterMeter("replay", "measured", grid, lambda: next(readings))
+    with meter.window("work") as window:
+        pass
+    # 7.2 MJ are 2 kWh; the room takes 3; at 662 g each.
+    assert window.carbon_gco2e == pytest.approx(1986.0)
+    assert window.as_metrics()["pue"] == 1.5
+    assert open_meter("none", g_per_kwh=100.0, pue=1.1).intensity == CarbonIntensity(
+        100.0, "energy.g_per_kwh, given for POL", 1.1
+    )
 
 
 def test_none_meters_time_alone() -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from kvquant.cli import conf_dir
 from kvquant.config import register_schemas
-from kvquant.errors import CalibrationError, DataError
+from kvquant.errors import CalibrationError, DataError, MeterUnavailable
 from kvquant.results import load_result
 from kvquant.tasks import run_task
 
@@ -165,3 +165,13 @@ def test_a_calibration_folder_that_cannot_be_made_is_one_line(run, tmp_path) -> 
     with pytest.raises(CalibrationError, match="calibration.dir") as caught:
         run(f"calibration.dir={tmp_path / 'file' / 'below'}")
     assert "\n" not in str(caught.value)
+
+
+def test_a_machine_without_a_meter_still_says_what_it_estimates(run, monkeypatch) -> None:
+    def no_counter(*args: object) -> None:
+        raise MeterUnavailable("RAPL must be readable, got nothing")
+
+    monkeypatch.setattr("kvquant.energy.opening.open_rapl", no_counter)
+    table = run("energy.meter=auto", "batch.num_prompts=2", "task.repeats=1")["table"]
+    rows = {row[0]: row for row in table["rows"]}
+    assert rows["energy of prefill"][-1] == "estimated (CodeCarbon, CPU model)"

@@ -7,6 +7,7 @@ or ``_<name>`` where each option of a group has fields of its own (tasks), and a
 a merge never lets ??? replace a value.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,8 @@ class EnergyConfig:
 
     meter: str = "auto"  # auto, nvml, rapl, codecarbon, constant, none
     country: str = "POL"
+    g_per_kwh: float | None = None
+    pue: float = 1.0
 
 
 @dataclass
@@ -479,6 +482,67 @@ class QuantizeTask(TaskConfig):
         require(task.decode_tokens >= 0, "task.decode_tokens", "0, or 2 or more", task.decode_tokens, "8192")
         require(task.prefill_layers >= 1, "task.prefill_layers", "1 or more", task.prefill_layers, "2")
         require(task.repeats >= 1, "task.repeats", "1 or more", task.repeats, "5")
+
+
+@dataclass
+class EnergyTask(TaskConfig):
+    """Joules per token of prefill and decode, by method, batch and length, with their uncertainty."""
+
+    name: str = "energy"
+    phases: list[str] = field(default_factory=lambda: ["prefill", "decode"])
+    bits: list[int] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    prompt_tokens: list[int] = field(default_factory=lambda: [512])
+    decode_steps: int = 16
+    windows: int = 5
+    window_s: float = 5.0
+    cooldown_s: float = 60.0
+    idle_s: float = 10.0
+    warmup_s: float = 30.0
+    load_check: bool = True
+    load_size: int | None = None
+    fleet_requests_per_day: int = 1_000_000
+    fleet_levels: list[float] = field(default_factory=list)
+    fleet_context_tokens: list[int] = field(default_factory=list)
+    fleet_generated_tokens: list[int] = field(default_factory=list)
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """Ranges alone: windows too short or too few run, and are marked invalid in the result."""
+        phases = list(task.phases)
+        known = bool(phases) and set(phases) <= {"prefill", "decode"} and len(set(phases)) == len(phases)
+        require(known, "task.phases", "prefill, decode or both, once each", phases, "[prefill,decode]")
+        bits = list(task.bits)
+        within = all(1 <= b <= 8 for b in bits) and len(set(bits)) == len(bits)
+        require(within, "task.bits", "widths from 1 to 8, once each", bits, "[4,3,2]")
+        for key, fix in (("batch_sizes", "[1,8]"), ("prompt_tokens", "[512]")):
+            values = list(task[key])
+            fits = bool(values) and min(values) >= 1 and len(set(values)) == len(values)
+            require(fits, f"task.{key}", "1 or more each, once each", values, fix)
+        for key, low, fix in (
+            ("decode_steps", 1, "16"),
+            ("windows", 2, "5"),
+            ("fleet_requests_per_day", 1, "1000000"),
+        ):
+            require(task[key] >= low, f"task.{key}", f"{low} or more", task[key], fix)
+        for key, fix in (("window_s", "5"), ("idle_s", "10"), ("warmup_s", "30")):
+            require(task[key] > 0, f"task.{key}", "above 0 seconds", task[key], fix)
+        require(task.cooldown_s >= 0, "task.cooldown_s", "0 seconds or more", task.cooldown_s, "60")
+        size = task.load_size
+        require(size is None or size >= 16, "task.load_size", "16 or more, or null", size, "null")
+        levels = list(task.fleet_levels)
+        rising = bool(levels) and all(a < b for a, b in itertools.pairwise(levels))
+        inside = rising and min(levels) >= 0 and max(levels) <= 1
+        require(inside, "task.fleet_levels", "rising from 0 to 1", levels, "[0.5,0.99]")
+        for key in ("fleet_context_tokens", "fleet_generated_tokens"):
+            count = len(task[key])
+            require(
+                count == len(levels),
+                f"task.{key}",
+                f"as long as task.fleet_levels ({len(levels)})",
+                count,
+                "giving all three lists together",
+            )
 
 
 # --- Further tasks go here: a dataclass <Name>Task(TaskConfig) with `name: str = "<name>"` and, for its ranges, a

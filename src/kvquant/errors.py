@@ -56,3 +56,23 @@ class ResultError(KVQuantError):
 
 class MeterError(KVQuantError):
     """An energy meter could not be read."""
+
+
+class MeterUnavailable(MeterError):
+    """A meter cannot be opened here, or stopped answering."""
+
+
+class CounterStalled(MeterError):
+    """An energy counter stood still while time went by."""
+
+
+class CounterReset(MeterError):
+    """An energy counter started again from below: what it had counted is lost."""
+
+
+class CounterJumped(MeterError):
+    """An energy counter rose faster than the device can draw power."""
+
+
+class ReadingLate(MeterError):
+    """No reading of an energy counter lies near enough to a window's edge."""

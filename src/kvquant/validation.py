@@ -188,6 +188,9 @@ def _check_surroundings(cfg: Any) -> None:
     country = cfg.energy.country
     is_code = len(country) == 3 and country.isalpha() and country.isupper()
     require(is_code, "energy.country", "an ISO 3166 code of three capital letters", country, "POL")
+    grams, pue = cfg.energy.g_per_kwh, cfg.energy.pue
+    require(grams is None or grams >= 0, "energy.g_per_kwh", "0 or more, or null", grams, "null")
+    require(pue >= 1, "energy.pue", "1 or more (1: the computer alone)", pue, "1.0")
 
 
 def _check_task(cfg: Any) -> None:

@@ -79,7 +79,8 @@ def _keep(task: str, chosen: list[tuple[Path, Result]], root: Path) -> list[str]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [columns, *rows]]
+    cells = [["" if entry is None else str(entry) for entry in row] for row in [columns, *rows]]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
@@ -136,12 +137,21 @@ def _compared(results: list[Result]) -> str:
     return "\n\n".join(_as_printed(f"python src/run.py {_preset(r)}")([r]) for r in results)
 
 
+def _energy(results: list[Result]) -> str:
+    """The tables of every energy run, each under its own command line."""
+    return "\n\n".join(
+        _as_printed(" ".join(["python src/run.py", *r["provenance"].get("overrides", ["task=energy"])]))([r])
+        for r in results
+    )
+
+
 RENDERERS: dict[str, Callable[[list[Result]], str]] = {
     "prefill": _as_printed("python src/run.py"),
     "perplexity": _perplexity,
     "compare": _compare,
     "allocation": _as_printed("python src/run.py experiment=ablation_allocation"),
     "quantize": _as_printed("python src/run.py task=quantize quant.bits=4"),
+    "energy": _energy,
 }
 
 

@@ -101,7 +101,7 @@ def _time(metrics: dict[str, Any]) -> list[Row]:
 
 def _energy(energy: dict[str, Any]) -> list[Row]:
     exact, quantized = energy["exact"], energy["quantized"]
-    how = f"{quantized['energy_kind']}: {quantized['energy_source']}"
+    how = f"{quantized['energy_kind']} ({quantized['energy_source']})"
     rows = []
     for phase in ("prefill", "decode"):
         key = f"{phase}_energy_j"

@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Often enough to see a counter wrap or stop, seldom enough to disturb nothing that is timed.
+RUN_POLL_S = 1.0
+
 
 class TaskContext:
     """What a task gets beside its configuration.
@@ -39,7 +43,7 @@ class TaskContext:
         console: where progress bars and tables are printed.
         device: the device to run on.
         meter_name: which energy meter to open, see `kvquant.energy.open_meter`.
-        country: whose grid the energy comes from.
+        grid: whose electricity it is: the other arguments of `open_meter`.
     """
 
     def __init__(
@@ -49,24 +53,37 @@ class TaskContext:
         console: Console,
         device: torch.device,
         meter_name: str = "none",
-        country: str = "POL",
+        grid: dict[str, Any] | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.record = record
         self.console = console
         self.device = device
         self._meter_name = meter_name
-        self._country = country
+        self._grid = grid or {}
 
     @functools.cached_property
     def meter(self) -> Meter:
-        """The energy meter, opened at first use: touch it before what is measured, since opening one takes time."""
+        """The energy meter; opening one may take seconds, which happens before the task starts."""
         from kvquant.energy import open_meter
 
-        return open_meter(self._meter_name, country=self._country, use_cuda=self.device.type == "cuda")
+        return open_meter(self._meter_name, use_cuda=self.device.type == "cuda", **self._grid)
+
+    @contextlib.contextmanager
+    def metered_run(self) -> Iterator[None]:
+        """Put the joules of the whole task into its record as ``run_energy``, also when it fails."""
+        window = None
+        try:
+            with self.meter.window("run", poll_s=RUN_POLL_S) as window:
+                yield
+        finally:
+            if window is not None:
+                from kvquant.energy.validity import window_faults
+
+                self.record.metrics["run_energy"] = {**window.as_metrics(), "faults": window_faults(window)}
 
     def close(self) -> None:
-        """Release the meter, if the task opened one."""
+        """Release the meter, if one was opened."""
         if "meter" in self.__dict__:
             self.meter.close()
 
@@ -164,8 +181,9 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
         device = resolve_device(cfg.device)
         record.provenance["device"] = device_name(device)
         seed_everything(cfg.seed)
-        context = TaskContext(run_dir, record, console, device, cfg.energy.meter, cfg.energy.country)
-        with contextlib.closing(context):
+        grid = {key: value for key, value in config["energy"].items() if key != "meter"}
+        context = TaskContext(run_dir, record, console, device, cfg.energy.meter, grid)
+        with contextlib.closing(context), context.metered_run():
             task.run(cfg, context)
     except BaseException as error:
         status = "failed"

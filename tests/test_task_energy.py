@@ -1,0 +1,221 @@
+"""``task=energy`` from its command line to its result: estimates, recorded counters, points that do not fit."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from rich.console import Console
+
+from kvquant.cli import conf_dir
+from kvquant.config import register_schemas, validate
+from kvquant.energy import CarbonIntensity, CounterLimits, Sample, Window
+from kvquant.energy.protocol import FilledWindow
+from kvquant.energy.sampling import SampledMeter, ThreadSampler
+from kvquant.errors import ConfigError, PoolExhausted
+from kvquant.results import load_result
+from kvquant.tasks import run_task
+from kvquant.tasks.energy_summary import compare_point, energy_table, fleet_table, summarize_variant
+
+GRID = CarbonIntensity(662.0, "test grid", pue=1.5)
+QUICK = (
+    "task=energy",
+    "task.windows=2",
+    "task.window_s=0.1",
+    "task.idle_s=0.1",
+    "task.warmup_s=0.1",
+    "task.cooldown_s=0",
+    "task.prompt_tokens=[40]",
+    "task.batch_sizes=[2]",
+    "task.decode_steps=2",
+)
+
+
+def composed(calibration_dir: Path, *overrides: str) -> DictConfig:
+    register_schemas()
+    always = ["experiment=smoke", "device=cpu", "energy.meter=constant", f"calibration.dir={calibration_dir}"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides=[*always, *overrides])
+
+
+@pytest.fixture(scope="module")
+def calibration_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("calibration")
+
+
+@pytest.fixture
+def run(calibration_dir, tmp_path):
+    def execute(*overrides: str) -> dict:
+        other_task = any(override.startswith("task=") for override in overrides)
+        cfg = composed(calibration_dir, *(() if other_task else QUICK), *overrides)
+        run_task.execute(cfg, run_dir=tmp_path, console=Console(quiet=True))
+        return load_result(tmp_path)
+
+    return execute
+
+
+def counter_meter(name: str, **kwargs) -> SampledMeter:
+    """A counter of 200 W that is as fresh as its reading, as if measured."""
+
+    def read() -> Sample:
+        now_s = time.perf_counter()
+        return Sample(now_s, 200.0 * now_s, {"instant": 200.0})
+
+    limits = CounterLimits(0.0, 1000.0)
+    return SampledMeter("recorded", "measured", GRID, ThreadSampler(read), limits, poll_s=0.01)
+
+
+def test_an_estimate_says_so_and_compares_nothing(run, tmp_path) -> None:
+    result = run()
+    metrics = result["metrics"]
+    assert metrics["meter"]["kind"] == "estimated"
+    assert result["table"]["title"].startswith("tiny: estimated (constant 65 W, not a meter); ")
+    assert {p["phase"] for p in metrics["points"]} == {"prefill", "decode"}
+    for point in metrics["points"]:
+        assert set(point["variants"]) == {"none", "nuq3"}
+        assert point["variants"]["nuq3"]["j_per_token_mean"] > 0
+        assert "total" not in point["ratios"]["nuq3"] and point["headline"] == {}
+    assert metrics["fleet"]["rows"] == [] and "skipped" in metrics["load"]
+    windows = json.loads((tmp_path / "windows.json").read_text())
+    assert len([w for w in windows if w["name"] in ("prefill", "decode")]) == 2 * 2 * 2
+    assert all("estimated" in w["faults"][0] for w in windows)
+
+
+def test_a_measured_run_gives_ratios_and_says_why_they_are_no_headline(run, monkeypatch) -> None:
+    monkeypatch.setattr("kvquant.energy.open_meter", counter_meter)
+    threads = set(threading.enumerate())
+    metrics = run("task.bits=[4,2]", "task.load_size=64")["metrics"]
+    assert not {t.name for t in set(threading.enumerate()) - threads} & {"kvquant-energy"}
+    assert metrics["idle"]["power_w"] == pytest.approx(200, rel=1e-3)
+    assert abs(metrics["agreement"]["disagreement_percent"]) < 0.1
+    for point in metrics["points"]:
+        for name in ("nuq4", "nuq2"):
+            ratio = point["ratios"][name]
+            assert ratio["total"]["n"] == 2 and ratio["total"]["low"] <= ratio["total"]["high"]
+            assert "fewer than 5 windows" in ratio["faults"] and "window shorter than 5 s" in ratio["faults"]
+        assert point["headline"] == {}
+        for cell in point["variants"].values():
+            # By hand: 200 J for each second of a token.
+            seconds = sum(cell["s_per_token"]) / 2
+            assert cell["j_per_token_mean"] == pytest.approx(200 * seconds, rel=0.01)
+            grams = cell["j_per_token_mean"] * 1e6 / 3.6e6 * 662 * 1.5
+            assert cell["gco2e_per_million_tokens"] == pytest.approx(grams)
+            assert cell["energy_delay_js"] == pytest.approx(200 * seconds**2, rel=0.02)
+    # A machine that draws as much at work as at rest: nothing is above idle.
+    assert all(abs(j) < 1 for j in metrics["load"]["above_idle_j"])
+    assert len(metrics["fleet"]["rows"]) == 3
+
+
+def test_every_task_says_what_it_took_also_when_it_fails(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("kvquant.energy.open_meter", counter_meter)
+    result = run("task=generate", "task.max_new_tokens=2")
+    block = result["metrics"]["run_energy"]
+    assert block["energy_j"] == pytest.approx(200 * block["energy_window_s"], rel=0.01)
+    assert block["energy_kind"] == "measured" and block["carbon_gco2e"] > 0
+    assert block["faults"] in ([], ["window shorter than 5 s"])
+    with pytest.raises(PoolExhausted):
+        run("task=prefill", "cache.num_blocks=1")
+    failed = load_result(tmp_path)
+    assert failed["status"] == "out_of_memory" and failed["metrics"]["run_energy"]["energy_j"] > 0
+    assert "kvquant-energy" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_point_that_does_not_fit_is_told_and_the_rest_measured(run) -> None:
+    # Four blocks hold two prompts of 40 tokens and not eight.
+    points = run("cache.num_blocks=4", "task.batch_sizes=[2,8]", "task.phases=[decode]")["metrics"]["points"]
+    assert "j_per_token_mean" in points[0]["variants"]["none"]
+    for cell in points[1]["variants"].values():
+        assert "cache.num_blocks" in cell["does_not_fit"]
+
+
+def filled(joules: list[float], repetitions: int = 10) -> list[FilledWindow]:
+    return [
+        FilledWindow(Window("prefill", "m", "measured", GRID, 6.0, j, tick_s=0.1), repetitions)
+        for j in joules
+    ]
+
+
+def test_a_sound_series_is_a_headline() -> None:
+    exact = summarize_variant(filled([1000, 1010, 990, 1005, 995]), tokens=100, idle_w=50.0)
+    method = summarize_variant(filled([800, 809, 791, 805, 796]), tokens=100, idle_w=50.0)
+    assert exact["j_per_token_mean"] == pytest.approx(1.0)
+    assert exact["above_idle_j_per_token_mean"] == pytest.approx(1.0 - 50 * 6 / 1000)
+    assert exact["power_w"] == pytest.approx(1000 / 6)
+    point = compare_point({"none": exact, "nuq3": method}, "none")
+    assert point["headline"]["nuq3"]["value"] == pytest.approx(0.8, abs=1e-3)
+    assert point["ratios"]["nuq3"]["above_idle"]["value"] == pytest.approx(500 / 700, abs=2e-3)
+    shared = summarize_variant(filled([800] * 5), tokens=100, idle_w=50.0, mig=True)
+    assert compare_point({"none": exact, "nuq3": shared}, "none")["headline"] == {}
+
+
+def test_the_fleets_bill_can_be_done_by_hand(calibration_dir) -> None:
+    task = composed(
+        calibration_dir,
+        *QUICK,
+        "task.fleet_levels=[0,1]",
+        "task.fleet_context_tokens=[1000,1000]",
+        "task.fleet_generated_tokens=[200,200]",
+        "task.fleet_requests_per_day=3600",
+    ).task
+    points = [
+        {
+            "phase": phase,
+            "batch": 8,
+            "prompt_tokens": length,
+            "variants": {"none": {"j_per_token_mean": j, "energy_kind": "measured"}},
+        }
+        for phase, length, j in [
+            ("prefill", 500, 0.1),
+            ("prefill", 1500, 0.3),
+            ("decode", 500, 1.0),
+            ("decode", 1500, 3.0),
+        ]
+    ]
+    table = fleet_table(points, task, GRID)
+    (row,) = table["rows"]
+    # 1,000 prompt tokens at 0.2 J and 200 answer tokens at 2 J: 600 J; 3,600 of them are 0.6 kWh, times PUE.
+    assert row["j_per_request"] == pytest.approx(600)
+    assert row["kwh_per_day"] == pytest.approx(0.9)
+    assert row["kgco2e_per_day"] == pytest.approx(0.9 * 0.662)
+    assert table["assumptions"]["requests_per_day"] == 3600
+
+
+def test_reasons_are_numbered_under_the_table(calibration_dir) -> None:
+    cell = summarize_variant(filled([1000] * 3), tokens=100, idle_w=None)
+    point = {"phase": "prefill", "batch": 1, "prompt_tokens": 64, "variants": {"none": cell}, "ratios": {}}
+    metrics = {
+        "meter": {"kind": "measured", "source": "m", "systematic_percent": 5.0},
+        "carbon": {"g_per_kwh": 662.0, "source": "grid", "pue": 1.0},
+        "points": [point],
+        "fleet": {"rows": [], "assumptions": {}},
+    }
+    title, columns, rows = energy_table(metrics, composed(calibration_dir, *QUICK))
+    assert "systematic +-5% beside every interval" in title
+    assert rows[0][-1] == "no (1)" and rows[1][0] == "(1) fewer than 5 windows"
+    assert all(len(row) == len(columns) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.phases=[prefil]", "task.phases must be prefill, decode or both"),
+        ("task.bits=[9]", "task.bits must be widths from 1 to 8"),
+        ("task.batch_sizes=[]", "task.batch_sizes must be 1 or more each"),
+        ("task.prompt_tokens=[0]", "task.prompt_tokens must be 1 or more each"),
+        ("task.windows=1", "task.windows must be 2 or more"),
+        ("task.window_s=0", "task.window_s must be above 0 seconds"),
+        ("task.fleet_levels=[0.5,0.2]", "task.fleet_levels must be rising"),
+        ("task.fleet_generated_tokens=[5]", "task.fleet_generated_tokens must be as long as"),
+        ("energy.pue=0.9", "energy.pue must be 1 or more"),
+        ("energy.g_per_kwh=-1", "energy.g_per_kwh must be 0 or more"),
+    ],
+)
+def test_settings_out_of_range_are_refused(calibration_dir, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(composed(calibration_dir, *QUICK, override))
+    assert message in str(error.value) and "; try " in str(error.value)
