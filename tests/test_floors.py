@@ -21,6 +21,7 @@ FLOORS: list[tuple[str, int]] = [
     ("ragged", 0),
     ("provenance", 0),
     ("results", 0),
+    ("items", 0),
     ("codebooks", 1),
     ("nuq", 1),
     ("packing", 1),

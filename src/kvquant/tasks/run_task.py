@@ -7,6 +7,9 @@ import functools
 import importlib
 import logging
 import random
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +20,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvquant.config import validate
-from kvquant.errors import ConfigError, DeviceError, KVQuantError, PoolExhausted
+from kvquant.errors import ConfigError, DeviceError, KVQuantError, PoolExhausted, ResultError
+from kvquant.items import ItemStore
 from kvquant.provenance import cpu_name
-from kvquant.results import RunRecord, one_line
+from kvquant.results import RunRecord, config_hash, load_result, one_line
 from kvquant.tracking import open_tracker
 
 if TYPE_CHECKING:
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
     from kvquant.energy import Meter
 
 log = logging.getLogger(__name__)
+
+# Items of runs that differ in one of these are never put together.
+ITEM_IDENTITY = ("git_sha", "git_diff_sha256", "model_hash", "data_hash", "device")
 
 
 class TaskContext:
@@ -40,6 +47,7 @@ class TaskContext:
         device: the device to run on.
         meter_name: which energy meter to open, see `kvquant.energy.open_meter`.
         country: whose grid the energy comes from.
+        fresh_items: whether items of an earlier run in this folder are forgotten, because that run had finished.
     """
 
     def __init__(
@@ -50,6 +58,8 @@ class TaskContext:
         device: torch.device,
         meter_name: str = "none",
         country: str = "POL",
+        *,
+        fresh_items: bool = False,
     ) -> None:
         self.run_dir = run_dir
         self.record = record
@@ -57,6 +67,7 @@ class TaskContext:
         self.device = device
         self._meter_name = meter_name
         self._country = country
+        self._fresh_items = fresh_items
 
     @functools.cached_property
     def meter(self) -> Meter:
@@ -64,6 +75,22 @@ class TaskContext:
         from kvquant.energy import open_meter
 
         return open_meter(self._meter_name, country=self._country, use_cuda=self.device.type == "cuda")
+
+    @functools.cached_property
+    def items(self) -> ItemStore:
+        """Finished items of this run, those of before an interruption included.
+
+        Touch it once model and data are loaded: their hashes decide whose items are ours.
+        """
+        provenance = self.record.provenance
+        identity = {key: provenance.get(key) for key in ITEM_IDENTITY}
+        store = ItemStore(
+            self.run_dir,
+            {**identity, "config_hash": config_hash(self.record.config)},
+            fresh=self._fresh_items,
+        )
+        provenance["resumed_items"] = store.resumed
+        return store
 
     def close(self) -> None:
         """Release the meter, if the task opened one."""
@@ -103,6 +130,29 @@ def device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device)
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end a task as Ctrl-C does, so that its result says so.
+
+    Where somebody has a handler already it is left alone: submitit ignores the SIGTERM that announces a preemption.
+    """
+    ours = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if not ours:
+        yield
+        return
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -153,6 +203,7 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
     # Again here although run.py has checked: a queued Slurm job composes its configuration anew.
     validate(cfg)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    finished_before = _status_before(run_dir) == "ok"
     record = RunRecord(run_dir, task=cfg.task.name, config=config, seed=cfg.seed)
     if HydraConfig.initialized():
         record.provenance["overrides"] = list(HydraConfig.get().overrides.task)
@@ -164,12 +215,21 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
         device = resolve_device(cfg.device)
         record.provenance["device"] = device_name(device)
         seed_everything(cfg.seed)
-        context = TaskContext(run_dir, record, console, device, cfg.energy.meter, cfg.energy.country)
-        with contextlib.closing(context):
+        context = TaskContext(
+            run_dir,
+            record,
+            console,
+            device,
+            cfg.energy.meter,
+            cfg.energy.country,
+            fresh_items=finished_before,
+        )
+        with contextlib.closing(context), sigterm_interrupts():
             task.run(cfg, context)
     except BaseException as error:
         status = "failed"
-        if isinstance(error, KeyboardInterrupt):
+        # SystemExit is how submitit's own handler ends a job before it is queued again.
+        if isinstance(error, KeyboardInterrupt | SystemExit):
             status = "interrupted"
         elif is_out_of_memory(error):
             status = "out_of_memory"
@@ -183,6 +243,14 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
     return record
 
 
+def _status_before(run_dir: Path) -> str | None:
+    """Status of an earlier run in the same folder; None where there was none, or nothing that can be read."""
+    try:
+        return str(load_result(run_dir)["status"])
+    except ResultError:
+        return None
+
+
 def _finish(record: RunRecord, status: str, error: BaseException) -> None:
     try:
         record.finish(status, error)
@@ -190,5 +258,8 @@ def _finish(record: RunRecord, status: str, error: BaseException) -> None:
         # The task's own error matters more than a folder that became unwritable meanwhile.
         log.error("%s", one_line(second))
     log.info(
-        "%s: %s", status, one_line(error), exc_info=not isinstance(error, KVQuantError | KeyboardInterrupt)
+        "%s: %s",
+        status,
+        one_line(error),
+        exc_info=not isinstance(error, KVQuantError | KeyboardInterrupt | SystemExit),
     )
