@@ -22,6 +22,7 @@ FLOORS: list[tuple[str, int]] = [
     ("provenance", 0),
     ("results", 0),
     ("items", 0),
+    ("sweeps", 0),
     ("codebooks", 1),
     ("nuq", 1),
     ("packing", 1),

@@ -123,6 +123,13 @@ class TrackingConfig:
 
 
 @dataclass
+class ReportConfig:
+    """Which run directories a report is made of."""
+
+    runs: Any = MISSING  # a folder or glob, or a list of them
+
+
+@dataclass
 class TaskConfig:
     """What a run does; each task adds its fields in a subclass, and their ranges in `check`."""
 
@@ -333,6 +340,13 @@ class QuantizeTask(TaskConfig):
         require(task.repeats >= 1, "task.repeats", "1 or more", task.repeats, "5")
 
 
+@dataclass
+class ReportTask(TaskConfig):
+    """Collect run directories into tables and figures; its settings are the group ``report``."""
+
+    name: str = "report"
+
+
 # --- Further tasks go here: a dataclass <Name>Task(TaskConfig) with `name: str = "<name>"` and, for its ranges, a
 # --- `check`; beside it conf/task/<name>.yaml starting with `defaults: [_<name>, _self_]`. Nothing else needs to
 # --- change: every subclass of TaskConfig is registered below.
@@ -352,6 +366,7 @@ class Config:
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     task: TaskConfig = MISSING
     tracking: TrackingConfig = MISSING
+    report: ReportConfig = MISSING
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
 
@@ -368,6 +383,7 @@ def register_schemas() -> None:
         "batch": BatchConfig,
         "data": DataConfig,
         "tracking": TrackingConfig,
+        "report": ReportConfig,
     }
     for group, schema in groups.items():
         store.store(group=group, name="_schema", node=schema)
