@@ -231,9 +231,10 @@ def test_one_failing_point_does_not_stop_a_sweep(tmp_path: Path) -> None:
     if cfg.quant.bits == 2:
         raise DataError("this point fails")
     """
-    code, _, err = run(tmp_path, "-m", "quant.bits=2,3,4", body=body)
+    code, out, err = run(tmp_path, "-m", "quant.bits=2,3,4", body=body)
     assert code == 1
-    assert "error: this point fails" in err
+    assert "error: 1 of 3 points did not end well (quant.bits=2: this point fails)" in err
+    assert "3 points: 1 failed, 2 ok" in out
     by_bits = {result["config"]["quant"]["bits"]: result["status"] for result in results(tmp_path)}
     assert by_bits == {2: "failed", 3: "ok", 4: "ok"}
 

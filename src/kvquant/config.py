@@ -123,6 +123,15 @@ class TrackingConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What a sweep does beside running its points."""
+
+    resume: bool = False
+    detach: bool = False
+    any_code: bool = False
+
+
+@dataclass
 class ReportConfig:
     """Which run directories a report is made of."""
 
@@ -367,6 +376,7 @@ class Config:
     task: TaskConfig = MISSING
     tracking: TrackingConfig = MISSING
     report: ReportConfig = MISSING
+    sweep: SweepConfig = MISSING
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
 
@@ -384,6 +394,7 @@ def register_schemas() -> None:
         "data": DataConfig,
         "tracking": TrackingConfig,
         "report": ReportConfig,
+        "sweep": SweepConfig,
     }
     for group, schema in groups.items():
         store.store(group=group, name="_schema", node=schema)

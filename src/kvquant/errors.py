@@ -56,3 +56,7 @@ class ResultError(KVQuantError):
 
 class MeterError(KVQuantError):
     """An energy meter could not be read."""
+
+
+class LaunchError(KVQuantError):
+    """Jobs were refused by the scheduler, or some points of a sweep did not end well."""

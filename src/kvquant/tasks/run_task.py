@@ -24,7 +24,8 @@ from kvquant.errors import ConfigError, DeviceError, KVQuantError, PoolExhausted
 from kvquant.items import ItemStore
 from kvquant.provenance import cpu_name
 from kvquant.results import RunRecord, config_hash, load_result, one_line
-from kvquant.tracking import open_tracker
+from kvquant.sweep_plan import check_submission
+from kvquant.tracking import NoTracker, Tracker, open_tracker
 
 if TYPE_CHECKING:
     import torch
@@ -209,8 +210,12 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
         record.provenance["overrides"] = list(HydraConfig.get().overrides.task)
     # Before anything heavy: a folder that cannot be written costs a second, not an hour.
     record.save()
-    tracker = open_tracker(config["tracking"], run_dir=run_dir, config=config)
+    tracker: Tracker = NoTracker()
     try:
+        sweep = check_submission(run_dir, config)
+        record.provenance["sweep"] = sweep
+        tracking = {**config["tracking"], "group": config["tracking"]["group"] or sweep}
+        tracker = open_tracker(tracking, run_dir=run_dir, config=config)
         task = _load_task(cfg.task.name)
         device = resolve_device(cfg.device)
         record.provenance["device"] = device_name(device)
