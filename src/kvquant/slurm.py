@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 # States of a job that may still run, be queued, or be queued again.
 ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "UNKNOWN")
+# States that end a job, unless Slurm has put it into the queue again meanwhile.
+REQUEUEABLE = ("PREEMPTED", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL")
 SACCT_TIMEOUT_S = 60
 JOBS_PER_CALL = 500
 
@@ -44,19 +46,26 @@ def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
     states: dict[str, JobState] = {}
     parents = sorted({job_id.partition("_")[0] for job_id in job_ids})
     for start in range(0, len(parents), JOBS_PER_CALL):
-        command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode"]
-        command += ["--jobs", ",".join(parents[start : start + JOBS_PER_CALL])]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=SACCT_TIMEOUT_S, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            continue
-        states.update(parse_sacct(done.stdout))
+        jobs = ("--jobs", ",".join(parents[start : start + JOBS_PER_CALL]))
+        columns = ("--parsable2", "--allocations", "--format=JobID,State,ExitCode")
+        states.update(_parse(_ask("sacct", "--noheader", *columns, *jobs)))
+        if any(state.state in REQUEUEABLE for state in states.values()):
+            # Accounting still has how the last attempt ended; the queue has the next one.
+            queued = _parse(_ask("squeue", "--noheader", "--format=%i|%T|0:0", *jobs))
+            states.update({job_id: state for job_id, state in queued.items() if state.alive})
     return {job_id: states[job_id] for job_id in job_ids if job_id in states}
 
 
-def parse_sacct(text: str) -> dict[str, JobState]:
+def _ask(*command: str) -> str:
+    """Output of a command; empty when it fails (squeue does for jobs that are long over)."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SACCT_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
+
+
+def _parse(text: str) -> dict[str, JobState]:
     """Parse lines of ``JobID|State|ExitCode``; the waiting part of an array, ``7_[3-5,8%2]``, is written out."""
     states = {}
     for line in text.splitlines():

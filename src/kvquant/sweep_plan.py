@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -227,17 +228,17 @@ def finish_sweep(folder: Path, sweep: Sweep, *, detached: bool) -> None:
 
 
 def _last_words(folder: Path, point: Point, state: str) -> str:
-    """Slurm's state, and the last line a killed job's log holds."""
-    job = (point.job_id or "").partition("_")[0]
-    for log in sorted((folder / ".submitit").glob(f"{point.job_id or '-'}*/*_log.err")) or sorted(
-        (folder / ".submitit").glob(f"{job or '-'}/{point.job_id}_*_log.err")
-    ):
-        lines = [
-            line.strip() for line in log.read_text(errors="replace").splitlines() if "error" in line.lower()
-        ]
-        if lines:
-            return f"{state}; {lines[-1][:300]}"
-    return state
+    """Slurm's state, and what a killed job's log says of it; a line about a limit before any other."""
+    lines = [
+        line.strip()
+        for log in sorted((folder / ".submitit").glob(f"{point.job_id or '-'}/*_log.err"))
+        for line in log.read_text(errors="replace").splitlines()
+        if "error" in line.lower()
+    ]
+    telling = [
+        line for line in lines if re.search(r"exceeded|limit|memory|oom", line, re.IGNORECASE)
+    ] or lines
+    return f"{state}; {telling[-1][:300]}" if telling else state
 
 
 def _print_table(console: Any, folder: Path, sweep: Sweep, rows: Sequence[tuple[Any, ...]]) -> None:

@@ -6,6 +6,7 @@ results, which cannot be rebuilt for every exception class; here nothing is unpi
 
 import contextlib
 import dataclasses
+import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -122,9 +123,10 @@ class WaitingSlurmLauncher(WaitingLauncher, SlurmLauncher):
         start_s = time.monotonic()
         try:
             executor = self._executor("slurm", params)
-            jobs = executor.map_array(
-                self, *zip(*self._job_parameters(job_overrides, initial_job_idx), strict=True)
-            )
+            columns = zip(*self._job_parameters(job_overrides, initial_job_idx), strict=True)
+            # submitit repeats what sbatch says on stderr; it is in our message.
+            with contextlib.redirect_stderr(io.StringIO()):
+                jobs = executor.map_array(self, *columns)
         except (FailedJobError, FailedSubmissionError) as error:
             raise LaunchError(_refusal(error, params)) from None
         ids = [str(job.job_id) for job in jobs]
