@@ -192,6 +192,24 @@ class TestCommandLine:
             "error: hydra/launcher=athena must find sbatch, got none on this machine"
         )
 
+    def test_slurm_check_names_all_that_is_missing_at_once(self, tmp_path: Path) -> None:
+        environment = {
+            key: value for key, value in os.environ.items() if key not in ("SLURM_ACCOUNT", "SCRATCH")
+        }
+        command = [sys.executable, str(ROOT / "src/run.py"), "task=slurm_check", "hydra/launcher=athena"]
+        command += ["model=llama31_8b", "task.points=10", "task.minutes_per_point=30", "device=cpu"]
+        environment |= {
+            "PATH": str(tmp_path),
+            "COLUMNS": "200",
+            "KVQUANT_CALIBRATION_DIR": str(tmp_path / "c"),
+        }
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "2 of 5 checks failed: Slurm: no sbatch, sinfo, sacctmgr" in done.stderr
+        assert (
+            "holds no config.json" in done.stdout and "10 points x 1 GPU x 0.5 h = 5 GPU-hours" in done.stdout
+        )
+
     def test_a_sweep_into_a_used_folder_costs_one_line(self, tmp_path: Path) -> None:
         sweep = ("-m", "task.tokens=1", "hydra.sweep.dir=s")
         assert run(tmp_path, *sweep)[0] == 0

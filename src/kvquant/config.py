@@ -356,6 +356,22 @@ class ReportTask(TaskConfig):
     name: str = "report"
 
 
+@dataclass
+class SlurmCheckTask(TaskConfig):
+    """Check a cluster from its login node before the first sweep; submits nothing."""
+
+    name: str = "slurm_check"
+    points: int = 24
+    minutes_per_point: float | None = None
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """A sweep has points, and each takes time."""
+        require(task.points >= 1, "task.points", "1 or more", task.points, "24")
+        minutes = task.minutes_per_point
+        require(minutes is None or minutes > 0, "task.minutes_per_point", "above 0, or null", minutes, "null")
+
+
 # --- Further tasks go here: a dataclass <Name>Task(TaskConfig) with `name: str = "<name>"` and, for its ranges, a
 # --- `check`; beside it conf/task/<name>.yaml starting with `defaults: [_<name>, _self_]`. Nothing else needs to
 # --- change: every subclass of TaskConfig is registered below.

@@ -276,3 +276,14 @@ def test_detached_it_prints_the_jobs_and_leaves(product: Product) -> None:
     out, _ = process.communicate(timeout=60)
     assert json.loads((product.sweep_dir / "sweep.json").read_text())["points"][1]["job_id"] == ids[1]
     wait("the jobs", lambda: product.status(SLOW) == product.status(OK) == "ok")
+
+
+def test_slurm_check_finds_everything_or_says_what_is_wrong(product: Product) -> None:
+    check = ("task=slurm_check", *ATHENA, "task.points=24", "device=cpu")
+    code, out, err = product.run(*check)
+    assert code == 0, err + out
+    assert "plgkvquant-gpu-a100 is one of yours" in out and "24 points x 1 GPU x 12 h = 288 GPU-hours" in out
+    code, out, err = product.run(
+        *check, "hydra.launcher.account=plgother-gpu-a100", "hydra.launcher.mem_gb=99999"
+    )
+    assert code == 1 and "2 of " in err and "account" in err and "request" in out
