@@ -223,7 +223,10 @@ def test_the_status_says_how_a_run_ended(
         cfg = compose("config", overrides=["device=cpu"])
     with pytest.raises(type(error)):
         run_task.execute(cfg, run_dir=tmp_path)
-    assert load_result(tmp_path)["status"] == status
+    result = load_result(tmp_path)
+    assert result["status"] == status
+    sizes = result["metrics"].get("at_out_of_memory", {})
+    assert (sizes.get("host_peak_bytes", 0) > 2**20) == (status == "out_of_memory")
 
 
 def test_one_failing_point_does_not_stop_a_sweep(tmp_path: Path) -> None:

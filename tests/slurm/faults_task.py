@@ -11,7 +11,8 @@ from typing import Any
 import kvquant.tasks.run_task as run_task
 
 OK, RAISES, KILLED, MEMORY, SLOW, ONCE = 1, 2, 3, 4, 5, 6
-ITEMS, ITEM_S = 12, 1.0
+ITEMS = 12
+ITEM_S = float(os.environ.get("FAULTS_ITEM_S", "1"))
 
 run_task.seed_everything = lambda seed: None
 run_task.resolve_device = lambda name: types.SimpleNamespace(type="cpu")

@@ -124,14 +124,14 @@ def computed(product: Product, way: int = SLOW) -> list[int]:
     return [int(line) for line in (product.point(way) / "computed").read_text().split()]
 
 
-def expect_uninterrupted_numbers(product: Product) -> None:
+def expect_uninterrupted_numbers(product: Product, interruptions: int = 1) -> None:
     result = load_result(product.point(SLOW))
     assert result["status"] == "ok"
     assert result["metrics"]["sum"] == sum(0.1 * k for k in range(ITEMS))
     assert result["provenance"]["resumed_items"] > 0
     done = computed(product)
-    # Only the item that was in the air when the signal came may have been computed twice.
-    assert sorted(set(done)) == list(range(ITEMS)) and len(done) <= ITEMS + 1
+    # Only an item that was in the air when a signal came may have been computed twice.
+    assert sorted(set(done)) == list(range(ITEMS)) and len(done) <= ITEMS + interruptions
 
 
 def test_three_points_of_the_small_model_and_a_report(cluster: dict[str, str], tmp_path: Path) -> None:
@@ -175,13 +175,14 @@ def test_every_way_to_end_leaves_its_state(product: Product) -> None:
 
 
 def test_a_time_limit_queues_the_job_again_and_it_goes_on(product: Product) -> None:
-    # USR2 comes some five seconds after each start, a minute before the limit at the earliest.
+    # Slurm looks at limits every 30 seconds: USR2 comes between 6 and 36 seconds after each start.
+    product.env["FAULTS_ITEM_S"] = "3.2"
     process = product.sweep([SLOW], "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=54")
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err + out
     logs = "".join(p.read_text() for p in product.sweep_dir.glob(".submitit/*/*_log.*"))
     assert "Requeued job" in logs
-    expect_uninterrupted_numbers(product)
+    expect_uninterrupted_numbers(product, interruptions=logs.count("Requeued job"))
 
 
 def test_a_preempted_point_is_queued_again_and_goes_on(product: Product) -> None:

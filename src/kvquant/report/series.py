@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvquant.report.collect import Run, flat
@@ -59,6 +59,12 @@ def short_hash(value: Any) -> str:
 
 def identity(run: Run) -> dict[str, str]:
     """What a run can never share a line across, as text."""
+    return _identity(_ById(run))
+
+
+@functools.cache
+def _identity(by_id: _ById) -> dict[str, str]:
+    run = by_id.run
     provenance = run.result["provenance"]
     dirty = f"+{short_hash(provenance['git_diff_sha256'])}" if provenance.get("git_diff_sha256") else ""
 
@@ -102,7 +108,8 @@ def settings(run: Run) -> dict[str, Any]:
     return _settings(_ById(run))
 
 
-def _covered(key: str, prefixes: Iterable[str]) -> bool:
+@functools.cache
+def _covered(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
@@ -134,15 +141,18 @@ def lines(runs: Sequence[Run], variants: Sequence[Variant], axis: Sequence[str])
         Lines named by everything that tells them apart; runs that differ in anything but ``axis``, a variant's
         ``ignores`` and seeds are never on one line.
     """
-    grouped: dict[tuple[str, str], tuple[dict[str, Any], dict[float, list[tuple[float, Run]]]]] = {}
+    grouped: dict[tuple[str, Any], tuple[dict[str, Any], dict[float, list[tuple[float, Run]]]]] = {}
     for variant in variants:
+        hidden = (*axis, *variant.ignores)
         for run in runs:
             pairs = variant.pairs(run)
             if not pairs:
                 continue
-            hidden = (*axis, *variant.ignores)
-            tree = {**identity(run), **{k: v for k, v in settings(run).items() if not _covered(k, hidden)}}
-            entry = grouped.setdefault((variant.name, repr(sorted(tree.items(), key=str))), (tree, {}))
+            tree = {**identity(run), **settings(run)}
+            for key in _hidden(tuple(tree), hidden):
+                del tree[key]
+            # As a set, because two runs may list their settings in different orders; 1 and 1.0 are one value.
+            entry = grouped.setdefault((variant.name, frozenset(tree.items())), (tree, {}))
             for x, y in pairs:
                 entry[1].setdefault(x, []).append((y, run))
     out = []
@@ -161,6 +171,11 @@ def lines(runs: Sequence[Run], variants: Sequence[Variant], axis: Sequence[str])
         )
         out.append(Series(", ".join(part for part in (name, text) if part) or "all runs", points))
     return sorted(out, key=lambda s: s.label)
+
+
+@functools.cache
+def _hidden(keys: tuple[str, ...], prefixes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in keys if _covered(key, prefixes))
 
 
 def _without_redundant(tree: Mapping[str, Any], keys: Sequence[str]) -> list[str]:

@@ -164,6 +164,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
+def memory_sizes() -> dict[str, int]:
+    """Bytes this process had at most, and what its GPU holds and has, for a run that found no room."""
+    import resource
+    import sys
+
+    # Linux counts in KiB.
+    sizes = {"host_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        sizes |= {"gpu_free_bytes": free, "gpu_total_bytes": total}
+        sizes["gpu_peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+    return sizes
+
+
 def print_table(console: Console, record: RunRecord) -> None:
     """Print the record's table, if the task set one."""
     if record.table is None:
@@ -238,6 +253,7 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
             status = "interrupted"
         elif is_out_of_memory(error):
             status = "out_of_memory"
+            record.metrics["at_out_of_memory"] = memory_sizes()
         _finish(record, status, error)
         tracker.finish(record.metrics, status)
         raise
