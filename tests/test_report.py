@@ -241,6 +241,27 @@ def test_the_pareto_front_holds_what_no_other_beats() -> None:
     assert [(p.x, p.y) for p in pareto_front(points)] == [(2, 9), (3, 7), (5, 5)]
 
 
+def test_methods_that_one_run_compared_are_rows_and_points_of_their_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", task="compare")
+    result = json.loads((folder / "result.json").read_text())
+    result["metrics"] = {
+        "variants": {
+            f"m{bits}": {"effective_bits": bits, "perplexity": 20 + 1 / bits, "kl": {"estimate": 0.1 / bits}}
+            for bits in (2, 3)
+        }
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+    runs = collect([str(tmp_path)]).ok
+    (table,) = build_tables(runs)
+    assert [[cell.text for cell in row[:3]] for row in table.rows] == [
+        ["m2", "2.000", "20.500"],
+        ["m3", "3.000", "20.333"],
+    ]
+    spec = BY_NAME["quality_bits"]
+    (line,) = lines(runs, spec.panels[0].variants, spec.axis)
+    assert [point.x for point in line.points] == [2, 3]
+
+
 def test_latex_and_markdown_survive_what_names_contain(tmp_path: Path) -> None:
     write_run(tmp_path / "a", device="GPU_1 & 50% #2 | x")
     (table,) = build_tables(collect([str(tmp_path)]).ok)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from kvquant.report.collect import Run
 from kvquant.report.series import Pairs, Variant
@@ -13,6 +14,16 @@ EFFECTIVE_BITS = ("effective_bits", "memory.quantized.effective_bits")
 PERPLEXITY = ("perplexity_quantized", "quality.perplexity_quantized")
 PERPLEXITY_EXACT = ("perplexity_exact", "quality.perplexity_exact")
 EXCESS = ("perplexity_excess_percent", "quality.perplexity_excess_percent")
+KL = ("kl_mean", "quality.kl_mean")
+# Of an entry that task=compare makes for each method.
+VARIANT_COLUMNS = (
+    ("effective bits", ("effective_bits",), ".3f", 1.0),
+    ("perplexity", ("perplexity",), ".3f", 1.0),
+    ("excess [%]", ("perplexity_excess_percent", "estimate"), "+.2f", 1.0),
+    ("KL [nats]", ("kl", "estimate"), ".2e", 1.0),
+    ("changed top-1 [%]", ("flips", "estimate"), ".2f", 100.0),
+    ("pass keys [%]", ("passkey", "estimate"), ".0f", 100.0),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +41,7 @@ HEADLINES = (
     Headline("perplexity, exact", PERPLEXITY_EXACT, ".3f"),
     Headline("perplexity", PERPLEXITY, ".3f"),
     Headline("excess [%]", EXCESS, "+.2f"),
-    Headline("KL [nats]", ("kl_mean", "quality.kl_mean"), ".2e"),
+    Headline("KL [nats]", KL, ".2e"),
     Headline("top-1 [%]", ("top1_agreement", "quality.top1_agreement"), ".2f", 100),
     Headline("held [MiB]", ("memory.quantized.held_bytes",), ".2f", 2**-20),
     Headline("TTFT [s]", ("prefill.ttft_s_quantized",), ".3f"),
@@ -75,6 +86,33 @@ def _pair(x: Callable[[Run], float | None], *keys: str) -> Callable[[Run], Pairs
         return [] if at is None or y is None else [(at, y)]
 
     return pairs
+
+
+def _against_bits(plain: tuple[str, ...], *in_variant: str) -> Callable[[Run], Pairs]:
+    """A quality against effective bits: one point of a run, or one of each variant that ``task=compare`` measured."""
+    single = _pair(_metric(*EFFECTIVE_BITS), *plain)
+
+    def pairs(run: Run) -> Pairs:
+        entries = variants_of(run).values()
+        found = [(entry.get("effective_bits"), _inner(entry, in_variant)) for entry in entries]
+        return [(float(x), float(y)) for x, y in found if x is not None and y is not None] or single(run)
+
+    return pairs
+
+
+def variants_of(run: Run) -> dict[str, dict[str, Any]]:
+    """The methods that one run compared, by label; empty where it measured one."""
+    variants = run.result["metrics"].get("variants")
+    if not isinstance(variants, dict):
+        return {}
+    return {label: entry for label, entry in variants.items() if isinstance(entry, dict)}
+
+
+def _inner(entry: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    value: Any = entry
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _setting(key: str) -> Callable[[Run], float | None]:
@@ -137,6 +175,12 @@ def _append(way: str) -> Callable[[Run], Pairs]:
     return pairs
 
 
+def variant_numbers(entry: dict[str, Any]) -> list[str]:
+    """The text of `VARIANT_COLUMNS` for one method; empty where it was not measured."""
+    values = [(_inner(entry, keys), spec, factor) for _, keys, spec, factor in VARIANT_COLUMNS]
+    return ["" if value is None else format(factor * value, spec) for value, spec, factor in values]
+
+
 LENGTH_SETTINGS = tuple(
     f"batch.{name}"
     for name in (
@@ -158,7 +202,14 @@ FIGURES = (
         "Perplexity against effective bits; lines: the Pareto front",
         "effective bits per number held, all in",
         ("quant", "cache"),
-        (Panel("perplexity", (Variant("", _pair(_metric(*EFFECTIVE_BITS), *PERPLEXITY)),)),),
+        (
+            Panel("perplexity", (Variant("", _against_bits(PERPLEXITY, "perplexity")),)),
+            Panel(
+                "KL from the exact cache [nats]",
+                (Variant("", _against_bits(KL, "kl", "estimate")),),
+                log_y=True,
+            ),
+        ),
         log_x=False,
         pareto=True,
     ),

@@ -15,6 +15,8 @@ from kvquant.results import HASH_EXCLUDES
 IDENTITY = ("task", "model", "data", "device", "code")
 # Seeds are repeats of one measurement: their median is shown, and how many there were.
 REPEATS = ("seed",)
+# Settings that the identity's hashes and the device's name say better: the same model may lie in two places.
+SAID_BY_IDENTITY = ("model.name", "model.path", "data.name", "data.path", "device", "task.name")
 Pairs = list[tuple[float, float]]
 
 
@@ -86,7 +88,7 @@ def _settings(run_key: _ById) -> dict[str, Any]:
     return {
         key: value
         for key, value in flat(run_key.run.result["config"], "")
-        if not _covered(key, (*HASH_EXCLUDES, *REPEATS))
+        if not _covered(key, (*HASH_EXCLUDES, *REPEATS, *SAID_BY_IDENTITY))
     }
 
 
@@ -158,7 +160,7 @@ def lines(runs: Sequence[Run], variants: Sequence[Variant], axis: Sequence[str])
     out = []
     for (name, _), (tree, at) in grouped.items():
         apart = differing([other for (same, _), (other, _) in grouped.items() if same == name])
-        text = label(tree, _without_redundant(tree, apart))
+        text = label(tree, apart)
         points = tuple(
             Point(
                 x,
@@ -176,13 +178,6 @@ def lines(runs: Sequence[Run], variants: Sequence[Variant], axis: Sequence[str])
 @functools.cache
 def _hidden(keys: tuple[str, ...], prefixes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(key for key in keys if _covered(key, prefixes))
-
-
-def _without_redundant(tree: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """Leave out settings that the identity names already (model.path beside model)."""
-    shown = [key for key in keys if key in IDENTITY]
-    groups = tuple(name for name in ("model", "data", "task") if name in shown)
-    return [key for key in keys if key in IDENTITY or not _covered(key, groups)]
 
 
 def blocks(runs: Sequence[Run]) -> list[tuple[dict[str, str], list[Run]]]:

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvquant.report.collect import Run, flat
-from kvquant.report.quantities import HEADLINES, Headline
+from kvquant.report.quantities import HEADLINES, VARIANT_COLUMNS, Headline, variant_numbers, variants_of
 from kvquant.report.series import blocks, differing, settings
 
 # Of a task without headlines, so many of its own metrics.
 MAX_OWN_METRICS = 8
-# What the table's title says already.
-_NAMED = ("model.", "data.", "task.name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,9 @@ def build_tables(runs: Sequence[Run]) -> list[ReportTable]:
 
 def _table(origin: dict[str, str], runs: list[Run]) -> ReportTable:
     trees = [{**settings(run), "seed": run.config("seed")} for run in runs]
-    apart = [key for key in differing(trees) if not key.startswith(_NAMED)]
+    apart = differing(trees)
+    if any(variants_of(run) for run in runs):
+        return _variant_table(origin, runs, trees, apart)
     headlines = [h for h in HEADLINES if any(run.metric(*h.keys) is not None for run in runs)]
     headlines = headlines or _own_metrics(runs)
     rows = []
@@ -58,6 +58,25 @@ def _table(origin: dict[str, str], runs: list[Run]) -> ReportTable:
         f"{origin['task']}: {origin['model']}, {origin['data']}, {origin['device']}, code {origin['code']}"
     )
     return ReportTable(title, origin, [*apart, *(h.title for h in headlines), "run"], rows)
+
+
+def _variant_table(
+    origin: dict[str, str], runs: list[Run], trees: list[dict[str, Any]], apart: list[str]
+) -> ReportTable:
+    """One row per method of every run that compared several."""
+    rows = []
+    for run, tree in zip(runs, trees, strict=True):
+        for name, entry in variants_of(run).items():
+            cells = [Cell(_text(tree.get(key))) for key in apart]
+            cells += [Cell(name), *(Cell(text, run if text else None) for text in variant_numbers(entry))]
+            rows.append([*cells, Cell(run.folder.name, run)])
+    columns = [*apart, "method", *(title for title, *_ in VARIANT_COLUMNS), "run"]
+    return ReportTable(_title(origin), origin, columns, rows)
+
+
+def _title(origin: dict[str, str]) -> str:
+    parts = [origin[name] for name in ("model", "data", "device") if origin[name] != "-"]
+    return f"{origin['task']}: {', '.join([*parts, 'code ' + origin['code']])}"
 
 
 def _own_metrics(runs: list[Run]) -> list[Headline]:
