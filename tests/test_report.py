@@ -22,6 +22,7 @@ from kvquant.report.quantities import FIGURES
 from kvquant.report.series import Point, lines
 from kvquant.report.tables import build_tables, latex, latex_escape, markdown
 from kvquant.results import SCHEMA, load_result
+from kvquant.slurm import JobState
 from kvquant.sweeps import Point as SweepPoint
 from kvquant.sweeps import Sweep, slug
 from kvquant.tasks import run_task
@@ -221,6 +222,24 @@ def test_a_point_killed_outright_is_lost_with_the_reason(tmp_path: Path) -> None
     Sweep("grid", "athena", {}, [point], "2026-01-01").save(tmp_path)
     found = collect([str(tmp_path)])
     assert found.status(found.runs[0]) == "lost" and found.lost[tmp_path / "bits=3-bb"] == "OUT_OF_MEMORY"
+
+
+def test_slurm_is_asked_about_a_sweep_that_nobody_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = {
+        "7_0": JobState("CANCELLED", "0:15"),
+        "7_1": JobState("RUNNING", "0:0"),
+        "7_2": JobState("PENDING", "0:0"),
+    }
+    monkeypatch.setattr("kvquant.report.collect.job_states", lambda ids: {i: states[i] for i in ids})
+    points = [SweepPoint(f"p{i}", [f"a={i}"], str(i), job_id=f"7_{i}") for i in range(3)]
+    for point in points[:2]:
+        write_run(tmp_path / point.folder, status="running")
+    Sweep("grid", "athena", {}, points, "2026-01-01").save(tmp_path)
+    found = collect([str(tmp_path)])
+    assert [found.status(run) for run in found.runs] == ["lost", "running"]
+    assert found.missing == [(tmp_path / "p2", "a=2 (Slurm: PENDING, exit code 0:0)")]
 
 
 def test_reports_are_not_runs(tmp_path: Path, report) -> None:

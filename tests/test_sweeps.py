@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,38 @@ class TestQueuedJobs:
         sweep.save(folder)
         with pytest.raises(ConfigError, match="code must be the one that was submitted .other."):
             check_submission(run_dir, config)
+
+    def test_the_points_of_a_sweep_are_one_group_of_the_tracker(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from hydra import compose, initialize_config_dir
+        from omegaconf import OmegaConf
+
+        from kvquant.cli import conf_dir
+        from kvquant.config import register_schemas
+        from kvquant.tasks import run_task
+        from kvquant.tracking import NoTracker
+
+        groups = []
+
+        def opened(settings: dict, **kwargs: Any) -> NoTracker:
+            groups.append(settings["group"])
+            return NoTracker()
+
+        monkeypatch.setattr(run_task, "open_tracker", opened)
+        monkeypatch.setattr(run_task, "seed_everything", lambda seed: None)
+        monkeypatch.setitem(
+            sys.modules, "kvquant.tasks.quantize", types.SimpleNamespace(run=lambda cfg, context: None)
+        )
+        register_schemas()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("config", overrides=["task=quantize", "device=cpu"])
+        points = plan_points([["a=1"]], [OmegaConf.to_container(cfg, resolve=True)])  # type: ignore[list-item]
+        folder, sweep = open_sweep(tmp_path / "day" / "hour", points, launcher="basic", resume=False)
+        sweep.save(folder)
+        run_task.execute(cfg, run_dir=folder / points[0].folder)
+        run_task.execute(cfg, run_dir=tmp_path / "single")
+        assert groups == ["day-hour", None]
 
     def test_a_point_killed_outright_is_lost(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         folder, sweep = open_sweep(tmp_path / "s", grid(2, 3, 4), launcher="local", resume=False)

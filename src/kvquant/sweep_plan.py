@@ -53,7 +53,8 @@ def check_submission(run_dir: Path, config: Mapping[str, Any]) -> str | None:
             f"the configuration must be the one that was submitted ({point.config_hash}), got {now}: conf/ or the "
             f"environment changed while the job was queued; {again}"
         )
-    code = code_hash()
+    # Points that run one by one in the launching process have its code in memory, whatever is edited meanwhile.
+    code = code_hash() if sweep.launcher != "basic" else sweep.code.get("code_hash")
     if code != sweep.code.get("code_hash"):
         raise ConfigError(
             f"the code must be the one that was submitted ({sweep.code.get('code_hash')}), got {code}: src/kvquant "

@@ -7,6 +7,7 @@ results, which cannot be rebuilt for every exception class; here nothing is unpi
 import contextlib
 import dataclasses
 import io
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -133,7 +134,14 @@ class WaitingSlurmLauncher(WaitingLauncher, SlurmLauncher):
         if self.on_submit:
             self.on_submit(initial_job_idx, ids)
         if not self.detach:
-            self._wait(jobs)
+            try:
+                self._wait(jobs)
+            except KeyboardInterrupt:
+                print(
+                    f"the jobs go on without their launcher; scancel {ids[0].partition('_')[0]} ends them",
+                    file=sys.stderr,
+                )
+                raise
             wall_s = time.monotonic() - start_s
             slots = min(len(jobs), params.get("array_parallelism") or len(jobs))
             self.overhead_s = max(0.0, wall_s - busy_s(Path(params["submitit_folder"]).parent) / slots)

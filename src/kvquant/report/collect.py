@@ -12,6 +12,7 @@ from typing import Any
 
 from kvquant.errors import ResultError
 from kvquant.results import FILE_NAME, load_result
+from kvquant.slurm import job_states
 from kvquant.sweeps import FILE_NAME as SWEEP_FILE
 from kvquant.sweeps import load_sweep
 
@@ -149,15 +150,20 @@ def _add_missing(path: Path, found: Collection) -> None:
     except ResultError as error:
         found.rejected.append((path, str(error)))
         return
+    # A sweep nobody waited for (detached, or its launcher died) does not say how its jobs ended; Slurm may.
+    states = job_states([p.job_id for p in sweep.points if p.job_id]) if sweep.finished_at is None else {}
     here = {run.folder: run for run in found.runs if run.folder.parent == path.parent}
     unreadable = {rejected.parent for rejected, _ in found.rejected}
     for point in sweep.points:
-        folder = path.parent / point.folder
+        folder, state = path.parent / point.folder, states.get(point.job_id or "")
         if folder not in here:
             if folder not in unreadable:
-                found.missing.append((folder, " ".join(point.overrides)))
-        elif here[folder].result["status"] == "running" and (reason := sweep.why_lost(point)):
-            found.lost[folder] = reason
+                suffix = f" ({state})" if state else ""
+                found.missing.append((folder, " ".join(point.overrides) + suffix))
+        elif here[folder].result["status"] == "running":
+            reason = sweep.why_lost(point) or (str(state) if state and not state.alive else None)
+            if reason:
+                found.lost[folder] = reason
 
 
 def _dig(tree: Any, key: str) -> Any:
