@@ -178,7 +178,7 @@ class TestQueuedJobs:
             finish_sweep(folder, sweep, detached=False)
         assert "3 points: 1 ok, 2 lost" in capsys.readouterr().out
         stored = load_sweep(folder)
-        assert stored.finished_at and stored.why_lost(stored.points[1]) == "its process was killed"
+        assert stored.finished_at and stored.points[1].ended == "its process was killed"
 
     def test_sacct_lines_are_read(self) -> None:
         states = _parse(

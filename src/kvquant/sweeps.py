@@ -55,12 +55,6 @@ class Sweep:
     finished_at: str | None = None
     overhead_s_per_job: float | None = None
 
-    def why_lost(self, point: Point) -> str | None:
-        """Why a point whose result still says ``running`` is not running, None when it may well be."""
-        if point.ended:
-            return point.ended
-        return "its process was killed" if self.finished_at else None
-
     def save(self, folder: Path) -> None:
         """Write sweep.json by temporary file and rename.
 

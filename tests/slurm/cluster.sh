@@ -99,6 +99,8 @@ CONF
 }
 
 start() {
+  # From nothing each time: jobs and accounts of an earlier cluster do not belong to this one.
+  rm -rf "$dir/state" "$dir/db" "$dir"/spool.*
   mkdir -p "$dir/state"
   write_configuration
   export SLURM_CONF="$dir/slurm.conf"

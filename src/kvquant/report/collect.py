@@ -161,7 +161,7 @@ def _add_missing(path: Path, found: Collection) -> None:
                 suffix = f" ({state})" if state else ""
                 found.missing.append((folder, " ".join(point.overrides) + suffix))
         elif here[folder].result["status"] == "running":
-            reason = sweep.why_lost(point) or (str(state) if state and not state.alive else None)
+            reason = point.ended or (str(state) if state and not state.alive else None)
             if reason:
                 found.lost[folder] = reason
 
