@@ -207,6 +207,15 @@ class TestCommandLine:
         assert "2 points: 2 ok" in out and load_result(good)["started_at"] == before
         assert sweep_dir(tmp_path) == folder
 
+    def test_local_points_get_one_gpu_each(self, tmp_path: Path) -> None:
+        sweep = ("-m", "task.tokens=1", "quant.bits=2,3,4", "hydra/launcher=local")
+        code, _, err = run(tmp_path, *sweep, CUDA_VISIBLE_DEVICES="4,6")
+        assert code == 0, err
+        found = [load_result(path) for path in sweep_dir(tmp_path).glob("*/result.json")]
+        assert len(found) == 3 and {result["metrics"]["gpus"] for result in found} == {"4", "6"}
+        code, _, err = run(tmp_path, *sweep, "sweep.detach=true", "hydra.sweep.dir=other")
+        assert code == 1 and "sweep.detach must be false with hydra/launcher=local" in err
+
     def test_a_launcher_without_a_sweep_is_refused(self, tmp_path: Path) -> None:
         code, out, err = run(tmp_path, "hydra/launcher=local")
         assert (code, out) == (2, "") and "hydra/launcher=local must come with -m" in err

@@ -29,6 +29,7 @@ def run(cfg: Any, context: Any) -> None:
     """End in the way ``task.tokens`` names."""
     way = cfg.task.tokens
     context.record.metrics["bits"] = cfg.quant.bits
+    context.record.metrics["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     if way == RAISES:
         raise TwoArguments("this point", "raises")
     if way == KILLED:

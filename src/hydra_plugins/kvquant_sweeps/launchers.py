@@ -56,19 +56,6 @@ class WaitingLauncher:
             for i, overrides in enumerate(job_overrides)
         ]
 
-    def _executor(self, name: str, params: dict[str, Any]) -> Any:
-        import submitit
-        from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
-
-        base = {field.name for field in dataclasses.fields(BaseQueueConf)}
-        settings = {key: value for key, value in params.items() if key != "submitit_folder"}
-        retries = {f"{name}_max_num_timeout": settings.pop("max_num_timeout", 0)}
-        executor = submitit.AutoExecutor(cluster=name, folder=params["submitit_folder"], **retries)
-        executor.update_parameters(
-            **{key if key in base else f"{name}_{key}": value for key, value in settings.items()}
-        )
-        return executor
-
     def _returns(self, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
         """Hydra wants one return a job; the sweeper reads results instead."""
         return [JobReturn(overrides=list(o), status=JobStatus.UNKNOWN) for o in job_overrides]
@@ -80,14 +67,14 @@ def _source_root() -> Path:
     return Path(kvquant.__file__).resolve().parent.parent
 
 
-def busy_s(folder: Path) -> float:
-    """Seconds that jobs' processes lived, summed, from the first line of their logs to their pickled returns."""
+def busy_s(jobs: Sequence[Any]) -> float:
+    """Seconds that the jobs' processes lived, summed, from the first line of their logs to their pickled returns."""
     total = 0.0
-    for done in folder.glob("**/*_result.pkl"):
-        log = done.with_name(done.name.replace("_result.pkl", "_log.out"))
+    for job in jobs:
+        # A job that was killed has no return; the last line of its log is the next best thing.
+        end = job.paths.result_pickle if job.paths.result_pickle.exists() else job.paths.stdout
         with contextlib.suppress(OSError):
-            # The log's name is made when the job starts; submitit writes into it at once.
-            total += max(0.0, done.stat().st_mtime - _born_s(log))
+            total += max(0.0, end.stat().st_mtime - _born_s(job.paths.stdout))
     return total
 
 
@@ -123,7 +110,7 @@ class WaitingSlurmLauncher(WaitingLauncher, SlurmLauncher):
         params = {**self.params, "setup": [*(self.params.get("setup") or []), *lines]}
         start_s = time.monotonic()
         try:
-            executor = self._executor("slurm", params)
+            executor = self._executor(params)
             columns = zip(*self._job_parameters(job_overrides, initial_job_idx), strict=True)
             # submitit repeats what sbatch says on stderr; it is in our message.
             with contextlib.redirect_stderr(io.StringIO()):
@@ -144,8 +131,21 @@ class WaitingSlurmLauncher(WaitingLauncher, SlurmLauncher):
                 raise
             wall_s = time.monotonic() - start_s
             slots = min(len(jobs), params.get("array_parallelism") or len(jobs))
-            self.overhead_s = max(0.0, wall_s - busy_s(Path(params["submitit_folder"]).parent) / slots)
+            self.overhead_s = max(0.0, wall_s - busy_s(jobs) / slots)
         return self._returns(job_overrides)
+
+    def _executor(self, params: dict[str, Any]) -> Any:
+        import submitit
+        from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+
+        base = {field.name for field in dataclasses.fields(BaseQueueConf)}
+        settings = {key: value for key, value in params.items() if key != "submitit_folder"}
+        retries = {"slurm_max_num_timeout": settings.pop("max_num_timeout", 0)}
+        executor = submitit.AutoExecutor(cluster="slurm", folder=params["submitit_folder"], **retries)
+        executor.update_parameters(
+            **{key if key in base else f"slurm_{key}": value for key, value in settings.items()}
+        )
+        return executor
 
     def _wait(self, jobs: Sequence[Any]) -> None:
         """Return when every job is over: its return is written, or Slurm says that it ended without one."""
@@ -185,6 +185,8 @@ class WaitingLocalLauncher(WaitingLauncher, LocalLauncher):
         Raises:
             LaunchError: detached local jobs would have nobody to start the next one.
         """
+        import submitit
+
         from kvquant.errors import LaunchError
 
         if self.detach:
@@ -195,11 +197,12 @@ class WaitingLocalLauncher(WaitingLauncher, LocalLauncher):
         params = dict(self.params)
         gpus = visible_gpus()
         slots = params.pop("parallelism") or max(1, len(gpus))
-        executor = self._executor("local", params)
+        executor = submitit.LocalExecutor(folder=params.pop("submitit_folder"))
+        executor.update_parameters(**{key: value for key, value in params.items() if value is not None})
         pending = self._job_parameters(job_overrides, initial_job_idx)
         running: dict[int, Any] = {}
         start_s = time.monotonic()
-        ids: list[str] = []
+        jobs: list[Any] = []
         try:
             while pending or running:
                 for slot in [s for s, job in running.items() if job.done()]:
@@ -207,23 +210,22 @@ class WaitingLocalLauncher(WaitingLauncher, LocalLauncher):
                 for slot in range(slots):
                     if pending and slot not in running:
                         running[slot] = self._start(executor, gpus, slot, pending.pop(0))
-                        ids.append(str(running[slot].job_id))
+                        jobs.append(running[slot])
                         if self.on_submit:
-                            self.on_submit(initial_job_idx, ids)
+                            self.on_submit(initial_job_idx, [str(job.job_id) for job in jobs])
                 time.sleep(0.1)
         finally:
             for job in running.values():
                 job.cancel()
         wall_s = time.monotonic() - start_s
-        busy = busy_s(Path(params["submitit_folder"]).parent)
-        self.overhead_s = max(0.0, wall_s - busy / min(slots, len(ids)))
+        self.overhead_s = max(0.0, wall_s - busy_s(jobs) / min(slots, len(jobs)))
         return self._returns(job_overrides)
 
     def _start(self, executor: Any, gpus: list[int], slot: int, parameters: tuple[Any, ...]) -> Any:
         with _environment("PYTHONPATH", str(_source_root())):
             if gpus:
                 mine = [gpus[slot % len(gpus)]]
-                executor.update_parameters(gpus_per_node=1, local_visible_gpus=mine)
+                executor.update_parameters(gpus_per_node=1, visible_gpus=mine)
             return executor.submit(self, *parameters)
 
 
