@@ -216,6 +216,15 @@ def test_a_half_finished_sweep_names_its_missing_points(tmp_path: Path, report) 
     assert "quant.bits=4" in (tmp_path / "report" / "report.html").read_text()
 
 
+def test_the_terminal_gets_fifty_lines_and_the_page_all(tmp_path: Path, report) -> None:
+    points = [SweepPoint(f"p{i}", [f"a={i}"], str(i)) for i in range(300)]
+    Sweep("grid", "athena", {}, points, "2026-01-01").save(tmp_path / "runs")
+    write_run(tmp_path / "runs" / "p0")
+    result = report(tmp_path / "runs")
+    assert result["metrics"]["missing"] == 299 and len(result["table"]["rows"]) == 51
+    assert "a=299" in (tmp_path / "report" / "report.html").read_text()
+
+
 def test_a_point_killed_outright_is_lost_with_the_reason(tmp_path: Path) -> None:
     write_run(tmp_path / "bits=3-bb", status="running")
     point = SweepPoint("bits=3-bb", [], "0", job_id="7_0", ended="OUT_OF_MEMORY")

@@ -18,6 +18,9 @@ from kvquant.report.quantities import FIGURES
 from kvquant.report.tables import build_tables, latex, markdown
 from kvquant.report.tidy import tidy_rows, write_csv, write_parquet
 
+# A terminal's worth; the page names the rest.
+MAX_TABLE_ROWS = 50
+
 
 def run(cfg: Any, context: Any) -> None:
     """Collect ``report.runs`` and write runs.csv, runs.parquet, tables.md, tables.tex, figures and report.html.
@@ -86,4 +89,6 @@ def _summarize(context: Any, found: Collection, tables: int, figures: int) -> No
             rows.append([str(result.folder), found.status(result), error])
     rows += [[str(where), "missing", overrides] for where, overrides in found.missing]
     rows += [[str(where), "left out", reason] for where, reason in found.rejected]
+    if len(rows) > MAX_TABLE_ROWS:
+        rows[MAX_TABLE_ROWS:] = [[f"{len(rows) - MAX_TABLE_ROWS} more", "", "all are in report.html"]]
     context.record.set_table(f"report.html over {len(found.runs)} runs", ["where", "status", "why"], rows)
