@@ -15,7 +15,7 @@ import pytest
 
 from kvquant.errors import ConfigError, LaunchError, ResultError
 from kvquant.results import RunRecord, config_hash, load_result
-from kvquant.slurm import _parse
+from kvquant.slurm import _parse, job_states
 from kvquant.sweep_plan import check_submission, finish_sweep, open_sweep, plan_points, todo
 from kvquant.sweeps import Point, Sweep, load_sweep
 
@@ -188,6 +188,20 @@ class TestQueuedJobs:
             "7_0": False, "7_1": False, "7_2": True, "7_3": True, "7_5": True, "8": False,
         }  # fmt: skip
         assert str(states["7_1"]) == "Slurm: CANCELLED, exit code 0:15"
+
+    @pytest.mark.parametrize(
+        ("accounting", "alive"),
+        [("7_0|PREEMPTED|0:0", True), ("", True), ("7_0|COMPLETED|0:0", False)],
+        ids=["preempted, queued again", "just submitted", "over"],
+    )
+    def test_the_queue_is_asked_where_accounting_is_behind(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accounting: str, alive: bool
+    ) -> None:
+        for tool, text in (("sacct", accounting), ("squeue", "7_0|PENDING|0:0")):
+            (tmp_path / tool).write_text(f"#!/bin/sh\necho '{text}'\n")
+            (tmp_path / tool).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        assert job_states(["7_0"])["7_0"].alive is alive
 
 
 class TestCommandLine:

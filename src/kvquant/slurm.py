@@ -49,17 +49,18 @@ def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
         jobs = ("--jobs", ",".join(parents[start : start + JOBS_PER_CALL]))
         columns = ("--parsable2", "--allocations", "--format=JobID,State,ExitCode")
         states.update(_parse(_ask("sacct", "--noheader", *columns, *jobs)))
-        if any(state.state in REQUEUEABLE for state in states.values()):
-            # Accounting still has how the last attempt ended; the queue has the next one.
-            queued = _parse(_ask("squeue", "--noheader", "--format=%i|%T|0:0", *jobs))
+        known = [states.get(job_id) for job_id in job_ids]
+        if any(state is None or state.state in REQUEUEABLE for state in known):
+            # Accounting hears of a new job late, and after a preemption it has the last attempt; the queue has the next.
+            queued = _parse(_ask("squeue", "--noheader", "--array", "--format=%i|%T|0:0", *jobs))
             states.update({job_id: state for job_id, state in queued.items() if state.alive})
     return {job_id: states[job_id] for job_id in job_ids if job_id in states}
 
 
 def _ask(*command: str) -> str:
-    """Output of a command; empty when it fails (squeue does for jobs that are long over)."""
+    """Output of a command, empty when there is none; squeue fails, and answers, when one of the jobs is long over."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SACCT_TIMEOUT_S, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SACCT_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout
