@@ -1,10 +1,10 @@
 # Shortcuts; every command also stands in README.md. `make` alone lists them.
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow lint format types run smoke ci clean
+.PHONY: help install test test-slow test-slurm lint format types run smoke slurm-check ci clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## install in place with everything for development, and the commit hooks
 	$(PYTHON) -m pip install -e ".[dev]"
@@ -15,6 +15,9 @@ test: ## run the tests (no GPU, no Slurm, nothing slow)
 
 test-slow: ## run the tests that take minutes
 	$(PYTHON) -m pytest -m slow
+
+test-slurm: ## sweeps on a real Slurm on loopback (root; tests/slurm/cluster.sh install)
+	$(PYTHON) -m pytest -m slurm tests/slurm
 
 lint: ## what CI checks: style, format, types
 	ruff check .
@@ -30,6 +33,9 @@ run: ## the main job
 
 smoke: ## everything once, as small as it goes
 	$(PYTHON) src/run.py experiment=smoke
+
+slurm-check: ## on a cluster's login node, before the first sweep: make slurm-check ARGS="model=llama31_8b"
+	$(PYTHON) src/run.py task=slurm_check hydra/launcher=athena $(ARGS)
 
 ci: ## what CI runs, from a fresh environment
 	.ci/run

@@ -202,6 +202,7 @@ def test_a_failure_costs_one_line_and_keeps_its_traceback(tmp_path: Path) -> Non
         (RuntimeError("DefaultCPUAllocator: not enough memory"), "out_of_memory"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "out_of_memory"),
         (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(-1), "interrupted"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -224,7 +225,10 @@ def test_the_status_says_how_a_run_ended(
         cfg = compose("config", overrides=["device=cpu"])
     with pytest.raises(type(error)):
         run_task.execute(cfg, run_dir=tmp_path)
-    assert load_result(tmp_path)["status"] == status
+    result = load_result(tmp_path)
+    assert result["status"] == status
+    sizes = result["metrics"].get("at_out_of_memory", {})
+    assert (sizes.get("host_peak_bytes", 0) > 2**20) == (status == "out_of_memory")
 
 
 def test_one_failing_point_does_not_stop_a_sweep(tmp_path: Path) -> None:
@@ -232,9 +236,10 @@ def test_one_failing_point_does_not_stop_a_sweep(tmp_path: Path) -> None:
     if cfg.quant.bits == 2:
         raise DataError("this point fails")
     """
-    code, _, err = run(tmp_path, "-m", "quant.bits=2,3,4", body=body)
+    code, out, err = run(tmp_path, "-m", "quant.bits=2,3,4", body=body)
     assert code == 1
-    assert "error: this point fails" in err
+    assert "error: 1 of 3 points did not end well (quant.bits=2: this point fails)" in err
+    assert "3 points: 1 failed, 2 ok" in out
     by_bits = {result["config"]["quant"]["bits"]: result["status"] for result in results(tmp_path)}
     assert by_bits == {2: "failed", 3: "ok", 4: "ok"}
 
@@ -245,18 +250,44 @@ def test_a_preset_sweeps_without_dash_m(tmp_path: Path) -> None:
     assert sorted(result["config"]["quant"]["bits"] for result in results(tmp_path)) == [3, 4]
 
 
-def test_ctrl_c_leaves_a_result_that_says_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_ctrl_c_and_sigterm_leave_a_result_that_says_interrupted(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     process = start(tmp_path, body="import time; (context.run_dir / 'ready').touch(); time.sleep(60)")
     deadline_s = time.monotonic() + 30
     while not list(tmp_path.rglob("ready")):
         assert time.monotonic() < deadline_s and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1
     assert err == "error: interrupted; what was finished until then is in the run's folder\n"
     (result,) = results(tmp_path)
     assert result["status"] == "interrupted" and result["error"]["type"] == "KeyboardInterrupt"
+
+
+def test_a_killed_run_goes_on_with_its_next_item(tmp_path: Path) -> None:
+    body = """
+    import os, signal
+    def compute(key):
+        if key == 2 and not (context.run_dir / "second").exists():
+            (context.run_dir / "second").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open(context.run_dir / "computed", "a") as file:
+            file.write(str(key))
+        return {"square": key * key}
+    context.record.metrics["sum"] = sum(item.values["square"] for item in context.items.run(range(4), compute))
+    """
+    folder = f"hydra.run.dir={tmp_path / 'run'}"
+    assert run(tmp_path, folder, body=body)[0] == -signal.SIGKILL
+    assert load_result(tmp_path / "run")["status"] == "running"
+    for computed, resumed in (("0123", 2), ("01230123", 0)):
+        assert run(tmp_path, folder, body=body)[0] == 0
+        result = load_result(tmp_path / "run")
+        assert (result["status"], result["metrics"]["sum"]) == ("ok", 14)
+        assert result["provenance"]["resumed_items"] == resumed
+        assert (tmp_path / "run" / "computed").read_text() == computed
 
 
 @pytest.mark.parametrize("place", ["file_in_the_way", "no_such_filesystem"])

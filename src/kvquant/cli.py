@@ -167,6 +167,10 @@ def main(app: Callable[[], Any], argv: Sequence[str]) -> int:
         app()
         if _State.error is not None:
             raise _State.error
+    except ConfigError as error:
+        # Before a task was entered it is a slip: the sweeper composes every point before it starts one.
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED if _State.entered else EXIT_USAGE
     except _UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -132,6 +132,22 @@ class TrackingConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What a sweep does beside running its points."""
+
+    resume: bool = False
+    detach: bool = False
+    any_code: bool = False
+
+
+@dataclass
+class ReportConfig:
+    """Which run directories a report is made of."""
+
+    runs: Any = MISSING  # a folder or glob, or a list of them
+
+
+@dataclass
 class TaskConfig:
     """What a run does; each task adds its fields in a subclass, and their ranges in `check`."""
 
@@ -545,6 +561,29 @@ class EnergyTask(TaskConfig):
             )
 
 
+@dataclass
+class ReportTask(TaskConfig):
+    """Collect run directories into tables and figures; its settings are the group ``report``."""
+
+    name: str = "report"
+
+
+@dataclass
+class SlurmCheckTask(TaskConfig):
+    """Check a cluster from its login node before the first sweep; submits nothing."""
+
+    name: str = "slurm_check"
+    points: int = 24
+    minutes_per_point: float | None = None
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """A sweep has points, and each takes time."""
+        require(task.points >= 1, "task.points", "1 or more", task.points, "24")
+        minutes = task.minutes_per_point
+        require(minutes is None or minutes > 0, "task.minutes_per_point", "above 0, or null", minutes, "null")
+
+
 # --- Further tasks go here: a dataclass <Name>Task(TaskConfig) with `name: str = "<name>"` and, for its ranges, a
 # --- `check`; beside it conf/task/<name>.yaml starting with `defaults: [_<name>, _self_]`. Nothing else needs to
 # --- change: every subclass of TaskConfig is registered below.
@@ -564,6 +603,8 @@ class Config:
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     task: TaskConfig = MISSING
     tracking: TrackingConfig = MISSING
+    report: ReportConfig = MISSING
+    sweep: SweepConfig = MISSING
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
 
@@ -580,6 +621,8 @@ def register_schemas() -> None:
         "batch": BatchConfig,
         "data": DataConfig,
         "tracking": TrackingConfig,
+        "report": ReportConfig,
+        "sweep": SweepConfig,
     }
     for group, schema in groups.items():
         store.store(group=group, name="_schema", node=schema)

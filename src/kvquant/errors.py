@@ -76,3 +76,7 @@ class CounterJumped(MeterError):
 
 class ReadingLate(MeterError):
     """No reading of an energy counter lies near enough to a window's edge."""
+
+
+class LaunchError(KVQuantError):
+    """Jobs were refused by the scheduler, or some points of a sweep did not end well."""

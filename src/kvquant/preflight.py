@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,43 @@ def check_command(args: argparse.Namespace, *, only_compose: bool = False) -> No
             raise ConfigError(explain(composer, error, overrides)) from None
 
 
+def check_launcher(cfg: DictConfig, *, multirun: bool) -> None:
+    """Refuse a launcher that would be ignored, or that cannot start a job from this machine.
+
+    Args:
+        cfg: the composed configuration with Hydra's own node.
+        multirun: whether this is a sweep; only sweeps have launchers.
+
+    Raises:
+        ConfigError: says what is missing.
+    """
+    name = OmegaConf.select(cfg, "hydra.runtime.choices.hydra/launcher")
+    # That task looks at the launcher's settings itself, and names all that is wrong with them at once.
+    if name in (None, "basic") or cfg.task.name == "slurm_check":
+        return
+    if not multirun:
+        raise ConfigError(
+            f"hydra/launcher={name} must come with -m, since Hydra ignores it otherwise and would start the run on "
+            "this machine; add -m"
+        )
+    try:
+        settings = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+    except OmegaConfBaseException as error:
+        variable = re.search(r"Environment variable '(\w+)' not found", str(error))
+        if variable is None:
+            return
+        key = str(error.full_key or "").rpartition(".")[2] or "account"
+        raise ConfigError(
+            f"hydra.launcher.{key} must be given, got no environment variable {variable.group(1)}; "
+            f"try export {variable.group(1)}=<grant>-gpu-a100"
+        ) from None
+    if isinstance(settings, dict) and "partition" in settings and shutil.which("sbatch") is None:
+        raise ConfigError(
+            f"hydra/launcher={name} must find sbatch, got none on this machine; submit from a login node, or try "
+            "hydra/launcher=local"
+        )
+
+
 def _check(composer: Composer, overrides: list[Override], *, multirun: bool, only_compose: bool) -> None:
     first = points(overrides, [])[0]
     base = composer.compose(first)
@@ -218,6 +256,7 @@ def _check(composer: Composer, overrides: list[Override], *, multirun: bool, onl
         raise ConfigError(f"{line} gives several values, which is a sweep; add -m to run one job for each")
     if only_compose:
         return
+    check_launcher(base, multirun=multirun)
     params = (base.hydra.sweeper.get("params") or {}) if multirun else {}
     if params and any(sweep.key_or_group == "experiment" for sweep in sweeps):
         # Hydra reads a preset's parameters before it expands a sweep over presets: they would be ignored.

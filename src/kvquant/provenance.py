@@ -89,6 +89,19 @@ def git_state(package_dir: Path | None = None) -> dict[str, Any]:
     return state
 
 
+def code_hash(package_dir: Path | None = None) -> str:
+    """Return 12 hex digits over this package's sources: what a queued job must still find when it starts.
+
+    Unlike a commit it does not change with a README, and it exists outside a checkout.
+    """
+    package_dir = package_dir or Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(package_dir.rglob("*.py")):
+        digest.update(path.relative_to(package_dir).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def cpu_name() -> str:
     """Return the processor's own name, else its architecture."""
     try:

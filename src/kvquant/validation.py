@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -193,6 +193,12 @@ def _check_surroundings(cfg: Any) -> None:
     require(pue >= 1, "energy.pue", "1 or more (1: the computer alone)", pue, "1.0")
 
 
+def _check_report(report: Any) -> None:
+    runs = [report.runs] if isinstance(report.runs, str) else report.runs
+    named = isinstance(runs, Sequence) and bool(runs) and all(isinstance(r, str) and r for r in runs)
+    require(named, "report.runs", "a folder, a glob or a list of them", report.runs, "multirun/*")
+
+
 def _check_task(cfg: Any) -> None:
     tasks = {task.name: task for task in TaskConfig.__subclasses__()}
     _one_of("task.name", cfg.task.name, tuple(tasks))
@@ -232,4 +238,5 @@ def check_config(cfg: DictConfig) -> None:
     _check_batch(cfg.batch)
     _check_data(cfg.data, cfg.calibration)
     _check_surroundings(cfg)
+    _check_report(cfg.report)
     _check_task(cfg)

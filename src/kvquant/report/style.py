@@ -19,6 +19,9 @@ COLOURS = {
     "good": "#009E73",
 }
 
+# The same colours by turns, for lines that have no fixed meaning; yellow is left out, it is too light for paper.
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+
 
 @contextlib.contextmanager
 def figure(path: Path, width_in: float, height_in: float, columns: int = 1) -> Iterator[list[Any]]:
@@ -41,5 +44,7 @@ def figure(path: Path, width_in: float, height_in: float, columns: int = 1) -> I
         axis.spines[["top", "right"]].set_visible(False)
     yield list(axes)
     temporary = path.with_name(f".{path.name}")
-    fig.savefig(temporary, format=path.suffix.lstrip("."))
+    # Without a date the same numbers give the same file.
+    dateless = {"CreationDate": None} if path.suffix == ".pdf" else None
+    fig.savefig(temporary, format=path.suffix.lstrip("."), metadata=dateless)
     os.replace(temporary, path)

@@ -7,6 +7,8 @@ import functools
 import importlib
 import logging
 import random
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +20,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvquant.config import validate
-from kvquant.errors import ConfigError, DeviceError, KVQuantError, PoolExhausted
+from kvquant.errors import ConfigError, DeviceError, KVQuantError, PoolExhausted, ResultError
+from kvquant.items import ItemStore
 from kvquant.provenance import cpu_name
-from kvquant.results import RunRecord, one_line
-from kvquant.tracking import open_tracker
+from kvquant.results import RunRecord, config_hash, load_result, one_line
+from kvquant.sweep_plan import check_submission
+from kvquant.tracking import NoTracker, Tracker, open_tracker
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +36,8 @@ log = logging.getLogger(__name__)
 
 # Often enough to see a counter wrap or stop, seldom enough to disturb nothing that is timed.
 RUN_POLL_S = 1.0
+# Items of runs that differ in one of these are never put together.
+ITEM_IDENTITY = ("git_sha", "git_diff_sha256", "model_hash", "data_hash", "device")
 
 
 class TaskContext:
@@ -44,6 +50,7 @@ class TaskContext:
         device: the device to run on.
         meter_name: which energy meter to open, see `kvquant.energy.open_meter`.
         grid: whose electricity it is: the other arguments of `open_meter`.
+        fresh_items: whether items of an earlier run in this folder are forgotten, because that run had finished.
     """
 
     def __init__(
@@ -54,6 +61,8 @@ class TaskContext:
         device: torch.device,
         meter_name: str = "none",
         grid: dict[str, Any] | None = None,
+        *,
+        fresh_items: bool = False,
     ) -> None:
         self.run_dir = run_dir
         self.record = record
@@ -61,6 +70,7 @@ class TaskContext:
         self.device = device
         self._meter_name = meter_name
         self._grid = grid or {}
+        self._fresh_items = fresh_items
 
     @functools.cached_property
     def meter(self) -> Meter:
@@ -81,6 +91,22 @@ class TaskContext:
                 from kvquant.energy.validity import window_faults
 
                 self.record.metrics["run_energy"] = {**window.as_metrics(), "faults": window_faults(window)}
+
+    @functools.cached_property
+    def items(self) -> ItemStore:
+        """Finished items of this run, those of before an interruption included.
+
+        Touch it once model and data are loaded: their hashes decide whose items are ours.
+        """
+        provenance = self.record.provenance
+        identity = {key: provenance.get(key) for key in ITEM_IDENTITY}
+        store = ItemStore(
+            self.run_dir,
+            {**identity, "config_hash": config_hash(self.record.config)},
+            fresh=self._fresh_items,
+        )
+        provenance["resumed_items"] = store.resumed
+        return store
 
     def close(self) -> None:
         """Release the meter, if one was opened."""
@@ -122,12 +148,50 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end a task as Ctrl-C does, so that its result says so.
+
+    Where somebody has a handler already it is left alone: submitit ignores the SIGTERM that announces a preemption.
+    """
+    ours = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if not ours:
+        yield
+        return
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a run ended because host, GPU or block pool had no room left."""
     if isinstance(error, MemoryError | PoolExhausted) or type(error).__name__ == "OutOfMemoryError":
         return True
     # torch's CPU allocator raises a plain RuntimeError.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def memory_sizes() -> dict[str, int]:
+    """Bytes this process had at most, and what its GPU holds and has, for a run that found no room."""
+    import resource
+    import sys
+
+    # Linux counts in KiB.
+    sizes = {"host_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        sizes |= {"gpu_free_bytes": free, "gpu_total_bytes": total}
+        sizes["gpu_peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+    return sizes
 
 
 def print_table(console: Console, record: RunRecord) -> None:
@@ -170,27 +234,36 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
     # Again here although run.py has checked: a queued Slurm job composes its configuration anew.
     validate(cfg)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    finished_before = _status_before(run_dir) == "ok"
     record = RunRecord(run_dir, task=cfg.task.name, config=config, seed=cfg.seed)
     if HydraConfig.initialized():
         record.provenance["overrides"] = list(HydraConfig.get().overrides.task)
     # Before anything heavy: a folder that cannot be written costs a second, not an hour.
     record.save()
-    tracker = open_tracker(config["tracking"], run_dir=run_dir, config=config)
+    tracker: Tracker = NoTracker()
     try:
+        sweep = check_submission(run_dir, config)
+        record.provenance["sweep"] = sweep
+        tracking = {**config["tracking"], "group": config["tracking"]["group"] or sweep}
+        tracker = open_tracker(tracking, run_dir=run_dir, config=config)
         task = _load_task(cfg.task.name)
         device = resolve_device(cfg.device)
         record.provenance["device"] = device_name(device)
         seed_everything(cfg.seed)
         grid = {key: value for key, value in config["energy"].items() if key != "meter"}
-        context = TaskContext(run_dir, record, console, device, cfg.energy.meter, grid)
-        with contextlib.closing(context), context.metered_run():
+        context = TaskContext(
+            run_dir, record, console, device, cfg.energy.meter, grid, fresh_items=finished_before
+        )
+        with contextlib.closing(context), sigterm_interrupts(), context.metered_run():
             task.run(cfg, context)
     except BaseException as error:
         status = "failed"
-        if isinstance(error, KeyboardInterrupt):
+        # SystemExit is how submitit's own handler ends a job before it is queued again.
+        if isinstance(error, KeyboardInterrupt | SystemExit):
             status = "interrupted"
         elif is_out_of_memory(error):
             status = "out_of_memory"
+            record.metrics["at_out_of_memory"] = memory_sizes()
         _finish(record, status, error)
         tracker.finish(record.metrics, status)
         raise
@@ -201,6 +274,14 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
     return record
 
 
+def _status_before(run_dir: Path) -> str | None:
+    """Status of an earlier run in the same folder; None where there was none, or nothing that can be read."""
+    try:
+        return str(load_result(run_dir)["status"])
+    except ResultError:
+        return None
+
+
 def _finish(record: RunRecord, status: str, error: BaseException) -> None:
     try:
         record.finish(status, error)
@@ -208,5 +289,8 @@ def _finish(record: RunRecord, status: str, error: BaseException) -> None:
         # The task's own error matters more than a folder that became unwritable meanwhile.
         log.error("%s", one_line(second))
     log.info(
-        "%s: %s", status, one_line(error), exc_info=not isinstance(error, KVQuantError | KeyboardInterrupt)
+        "%s: %s",
+        status,
+        one_line(error),
+        exc_info=not isinstance(error, KVQuantError | KeyboardInterrupt | SystemExit),
     )

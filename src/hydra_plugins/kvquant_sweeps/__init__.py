@@ -1,0 +1,1 @@
+"""Hydra plugins of KV Cache Optimizer: the resumable sweeper and the launchers that wait for every job."""

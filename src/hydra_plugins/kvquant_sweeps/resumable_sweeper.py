@@ -1,0 +1,119 @@
+"""A sweeper whose points keep their folders: readable, addressed by what affects the result, resumable."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+
+@dataclasses.dataclass
+class ResumableSweeperConf:
+    """Settings of the sweeper: those of Hydra's basic one."""
+
+    _target_: str = "hydra_plugins.kvquant_sweeps.resumable_sweeper.ResumableSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="resumable", node=ResumableSweeperConf, provider="kvquant"
+)
+
+
+class ResumableSweeper(BasicSweeper):  # type: ignore[misc]
+    """Expands a grid as Hydra's basic sweeper does, and writes it down before anything is submitted.
+
+    Everything is decided in `setup`, because a launcher reads ``hydra.sweep.dir`` when it is made.
+    """
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Compose and check every point, find the sweep to resume, then make the launcher.
+
+        Raises:
+            ConfigError: a point cannot work, or the folder belongs to another sweep or another code version.
+        """
+        from kvquant.errors import ConfigError
+        from kvquant.sweep_plan import open_sweep
+
+        self.hydra_context, self.config = hydra_context, config
+        points = self._points(list(config.hydra.overrides.task))
+        explicit = any(o.startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra)
+        self._dir, self._sweep = open_sweep(
+            Path(str(config.hydra.sweep.dir)),
+            points,
+            launcher=str(OmegaConf.select(config, "hydra.runtime.choices.hydra/launcher")),
+            resume=config.sweep.resume,
+            any_code=config.sweep.any_code,
+            explicit_dir=explicit,
+        )
+        with open_dict(config):
+            config.hydra.sweep.dir = str(self._dir)
+        try:
+            super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        except Exception as error:
+            raise ConfigError(f"hydra.launcher: {' '.join(str(error).split())}") from error
+
+    def _points(self, arguments: Sequence[str]) -> list[Any]:
+        from kvquant.config import validate
+        from kvquant.errors import ConfigError
+        from kvquant.sweep_plan import plan_points
+
+        assert self.hydra_context is not None and self.config is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        (expanded,) = self.split_arguments(overrides, None)
+        composed: list[Any] = []
+        for point in expanded:
+            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(point))
+            with open_dict(cfg):
+                cfg.pop("hydra")
+            try:
+                validate(cfg)
+            except ConfigError as error:
+                raise ConfigError(f"{error} (in the sweep's point {' '.join(point)})") from None
+            composed.append(OmegaConf.to_container(cfg, resolve=True))
+        return plan_points(expanded, composed)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Launch the points without a result, wait, and print one table of them all.
+
+        Raises:
+            LaunchError: some points did not end well (exit code 1); the table names each.
+        """
+        from kvquant.sweep_plan import finish_sweep, todo
+
+        assert self.config is not None and self.launcher is not None
+        settings = self.config.sweep
+        self._dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self._dir / "multirun.yaml")
+        self._sweep.save(self._dir)
+        pending = todo(self._dir, self._sweep)
+        # Hydra's basic launcher ignores what ours read.
+        launcher: Any = self.launcher
+        returns, overhead_s = [], 0.0
+        size = self.max_batch_size or max(1, len(pending))
+        for start in range(0, len(pending), size):
+            batch = pending[start : start + size]
+
+            def submitted(first: int, ids: list[str], batch: list[Any] = batch) -> None:
+                for point, job_id in zip(batch, ids, strict=False):
+                    point.job_id, point.ended = job_id, None
+                self._sweep.save(self._dir)
+
+            launcher.on_submit, launcher.detach = submitted, settings.detach
+            jobs = [
+                [*p.overrides, f"hydra.sweep.dir='{self._dir}'", f"hydra.sweep.subdir='{p.folder}'"]
+                for p in batch
+            ]
+            returns.append(launcher.launch(jobs, initial_job_idx=start))
+            overhead_s += getattr(launcher, "overhead_s", None) or 0.0
+        waited = hasattr(launcher, "overhead_s") and not settings.detach and pending
+        self._sweep.overhead_s_per_job = overhead_s / len(pending) if waited else None
+        finish_sweep(self._dir, self._sweep, detached=settings.detach)
+        return returns
