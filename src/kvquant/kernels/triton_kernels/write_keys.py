@@ -1,0 +1,336 @@
+"""Quantizing, packing and storing keys on the GPU in three launches, none of which the host waits for.
+
+The first writes codes and what fits the base rows of outliers, and counts each (run, head)'s outliers. The second, one
+program, adds up the spill chunks these need, in (run, head) order: runs come by rising block id, so every backend
+hands out the same chunks. The third writes what lies beyond the base rows, and mostly finds nothing to do.
+"""
+
+# Kernels take tensors of pointers and constants, which have no types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvquant.kernels import (
+    ERROR_KEY_NOT_FINITE,
+    ERROR_OUT_OF_SPILL,
+    SPILL_ENTRIES,
+    KeyStore,
+    LayerConstants,
+)
+from kvquant.kernels.triton_kernels.codes import (
+    as_bytes,
+    count_codes,
+    fold,
+    is_finite,
+    no_words,
+    report,
+    store_words,
+    subfield_width,
+    tile_rows,
+)
+
+_KEY_NOT_FINITE = tl.constexpr(ERROR_KEY_NOT_FINITE)
+_OUT_OF_SPILL = tl.constexpr(ERROR_OUT_OF_SPILL)
+_CHUNK = tl.constexpr(SPILL_ENTRIES)
+# (run, head)s that the second launch adds up at a time, and links that the third sets at a time.
+_PIECE, _LINKS = tl.constexpr(1024), tl.constexpr(64)
+
+
+@triton.jit
+def _tile(
+    keys, skip, row, live, head, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SKIP: tl.constexpr
+):
+    """Load the keys [rows, DP] of one head as fp32, with a mask of what is there and one of what may be an outlier."""
+    d = tl.arange(0, DP)
+    there = live[:, None] & (d < D)[None, :]
+    x = tl.load(keys + (row.to(tl.int64) * (H * D) + head * D)[:, None] + d[None, :], mask=there, other=0.0)
+    stored = there
+    if SKIP:
+        stored = there & (tl.load(skip + row, mask=live, other=1) == 0)[:, None]
+    return x.to(tl.float32), there, stored
+
+
+@triton.jit
+def _outliers(x, stored, lower, upper, head, before, D: tl.constexpr, DP: tl.constexpr):
+    """Outliers of a tile, each one's entry in its (block, head), and how many there are with those before."""
+    d = tl.arange(0, DP)
+    low = tl.load(lower + head * D + d, mask=d < D, other=0.0)
+    high = tl.load(upper + head * D + d, mask=d < D, other=0.0)
+    outside = stored & ((x < low[None, :]) | (x > high[None, :]))
+    one = outside.to(tl.int32)
+    per_row = tl.sum(one, 1)
+    earlier_rows = tl.cumsum(per_row, 0) - per_row
+    entry = before + earlier_rows[:, None] + tl.cumsum(one, 1) - 1
+    return outside, entry, before + tl.sum(per_row, 0)
+
+
+@triton.jit
+def _codes_and_base_rows(
+    keys,
+    lower,
+    upper,
+    zero,
+    scale,
+    midpoints,
+    skip,
+    runs,
+    codes,
+    outlier_count,
+    outlier_index,
+    outlier_value,
+    scratch,
+    error,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    U: tl.constexpr,
+    UP: tl.constexpr,
+    BS: tl.constexpr,
+    BASE: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SKIP: tl.constexpr,
+):
+    run, head = tl.program_id(0), tl.program_id(1)
+    block = tl.load(runs + run * 4).to(tl.int64)
+    first = tl.load(runs + run * 4 + 1)
+    count = tl.load(runs + run * 4 + 2)
+    first_slot = tl.load(runs + run * 4 + 3)
+    place = block * H + head
+    before = tl.load(outlier_count + place)
+    ROW_BYTES: tl.constexpr = BITS // (BITS & -BITS) * U
+
+    entries = before
+    j, d = tl.arange(0, UP), tl.arange(0, DP)
+    for start in range(0, count, ROWS):
+        r = start + tl.arange(0, ROWS)
+        live = r < count
+        row, slot = first + r, first_slot + r
+
+        words = no_words(ROWS, UP, BITS)
+        for u in tl.static_range(D // U):
+            channel = head * D + u * U + j
+            inside = j < U
+            there = live[:, None] & inside[None, :]
+            x = tl.load(
+                keys + (row.to(tl.int64) * (H * D))[:, None] + channel[None, :], mask=there, other=0.0
+            )
+            x = x.to(tl.float32)
+            z = tl.load(zero + channel, mask=inside, other=0.0)[None, :]
+            s = tl.load(scale + channel, mask=inside, other=0.0)[None, :]
+            low = tl.load(lower + channel, mask=inside, other=0.0)[None, :]
+            high = tl.load(upper + channel, mask=inside, other=0.0)[None, :]
+            code = count_codes(x, z, s, midpoints, (1 << BITS) - 1)
+            words = fold(words, tl.where((x < low) | (x > high), 0, code), u, BITS)
+        if SKIP:
+            words = tl.where((tl.load(skip + row, mask=live, other=1) == 0)[:, None], words, 0)
+        at = codes + ((place * BS + slot) * ROW_BYTES)[:, None] + j[None, :]
+        store_words(words, at, live[:, None] & (j < U)[None, :], U, BITS)
+
+        x, there, stored = _tile(keys, skip, row, live, head, H, D, DP, SKIP)
+        outside, entry, entries = _outliers(x, stored, lower, upper, head, entries, D, DP)
+        kept = x.to(outlier_value.dtype.element_ty)
+        in_base = outside & (entry < BASE)
+        index = (slot * D)[:, None] + d[None, :]
+        tl.store(outlier_index + place * BASE + entry, index.to(tl.int16), mask=in_base)
+        tl.store(outlier_value + place * BASE + entry, kept, mask=in_base)
+        bad = there & ((is_finite(x) == 0) | (outside & (is_finite(kept) == 0)))
+        bad_channel = tl.min(tl.min(tl.where(bad, (head * D + d)[None, :], H * D), 1), 0)
+        report(error, _KEY_NOT_FINITE, bad_channel, H * D)
+
+    at = run * H + head
+    tl.store(scratch + at, entries - before)
+    tl.store(scratch + tl.num_programs(0) * H + at, before)
+
+
+@triton.jit
+def _chunks(entries, BASE: tl.constexpr):
+    return (tl.maximum(entries - BASE, 0) + _CHUNK - 1) // _CHUNK
+
+
+@triton.jit(do_not_specialize=["total"])
+def _hand_out_chunks(
+    runs, scratch, outlier_count, spill_top, error, total, H: tl.constexpr, BASE: tl.constexpr
+):
+    """Number each (run, head)'s new chunks, and count the outliers, all or none, by whether the chunks suffice."""
+    top = tl.load(spill_top)
+    # A scalar of the scratch's type, whatever type the constant 0 has.
+    taken = top - top
+    for start in range(0, total, _PIECE):
+        i = start + tl.arange(0, _PIECE)
+        live = i < total
+        count = tl.load(scratch + i, mask=live, other=0)
+        before = tl.load(scratch + total + i, mask=live, other=0)
+        needed = _chunks(before + count, BASE) - _chunks(before, BASE)
+        tl.store(scratch + 2 * total + i, taken + tl.cumsum(needed, 0) - needed, mask=live)
+        taken += tl.sum(needed, 0)
+    enough = taken <= top
+    # Every thread has read the height of the stack before one changes it.
+    tl.debug_barrier()
+    tl.store(scratch + 3 * total, enough.to(tl.int32))
+    tl.store(scratch + 3 * total + 1, top)
+    tl.store(spill_top, top - taken, mask=enough)
+    report(error, _OUT_OF_SPILL, tl.where(enough, 1, 0), 1)
+    if enough:
+        for start in range(0, total, _PIECE):
+            i = start + tl.arange(0, _PIECE)
+            live = i < total
+            count = tl.load(scratch + i, mask=live, other=0)
+            before = tl.load(scratch + total + i, mask=live, other=0)
+            block = tl.load(runs + i // H * 4, mask=live, other=0).to(tl.int64)
+            tl.store(outlier_count + block * H + i % H, before + count, mask=live & (count > 0))
+
+
+@triton.jit
+def _spill(
+    keys,
+    lower,
+    upper,
+    skip,
+    runs,
+    scratch,
+    spill_head,
+    spill_next,
+    spill_index,
+    spill_value,
+    spill_free,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BASE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SKIP: tl.constexpr,
+):
+    run, head = tl.program_id(0), tl.program_id(1)
+    total = tl.num_programs(0) * H
+    at = run * H + head
+    before = tl.load(scratch + total + at)
+    after = before + tl.load(scratch + at)
+    enough = tl.load(scratch + 3 * total) != 0
+    if enough & (after > tl.maximum(before, BASE)):
+        block = tl.load(runs + run * 4).to(tl.int64)
+        first = tl.load(runs + run * 4 + 1)
+        count = tl.load(runs + run * 4 + 2)
+        first_slot = tl.load(runs + run * 4 + 3)
+        # New chunk k of this (run, head) is the k-th below here on the stack.
+        newest = spill_free + tl.load(scratch + 3 * total + 1) - 1 - tl.load(scratch + 2 * total + at)
+        held = _chunks(before, BASE)
+        new = _chunks(after, BASE) - held
+        tail = tl.load(spill_head + block * H + head, mask=held > 0, other=0)
+        for _link in range(1, held):
+            tail = tl.load(spill_next + tail)
+
+        d = tl.arange(0, DP)
+        entries = before
+        for start in range(0, count, ROWS):
+            r = start + tl.arange(0, ROWS)
+            x, _there, stored = _tile(keys, skip, first + r, r < count, head, H, D, DP, SKIP)
+            outside, entry, entries = _outliers(x, stored, lower, upper, head, entries, D, DP)
+            beyond = outside & (entry >= BASE)
+            position = tl.maximum(entry - BASE, 0)
+            ordinal = position // _CHUNK - held
+            fresh = tl.load(newest - ordinal, mask=beyond & (ordinal >= 0), other=0)
+            to = tl.where(ordinal >= 0, fresh, tail).to(tl.int64) * _CHUNK + position % _CHUNK
+            index = ((first_slot + r) * D)[:, None] + d[None, :]
+            tl.store(spill_index + to, index.to(tl.int16), mask=beyond)
+            tl.store(spill_value + to, x.to(spill_value.dtype.element_ty), mask=beyond)
+
+        for start in range(0, new, _LINKS):
+            k = start + tl.arange(0, _LINKS)
+            chunk = tl.load(newest - k, mask=k < new, other=0)
+            previous = tl.load(newest - k + 1, mask=(k < new) & (k > 0), other=0)
+            previous = tl.where(k > 0, previous, tail)
+            tl.store(spill_next + previous, chunk, mask=(k < new) & ((k > 0) | (held > 0)))
+            tl.store(spill_head + block * H + head + 0 * k, chunk, mask=(k < new) & (k == 0) & (held == 0))
+
+
+def write_keys(
+    keys: Tensor,
+    store: KeyStore,
+    constants: LayerConstants,
+    slot_block: Tensor,
+    slot_offset: Tensor,
+    skip: Tensor | None,
+    error: Tensor,
+    *,
+    bits: int,
+    runs: Tensor,
+) -> None:
+    """Quantize, pack and store keys [T, H, D] and append their outliers; see ``fused_write.write_keys``.
+
+    Args:
+        keys: pre-RoPE keys, [T, H, D].
+        store: the layer's keys in the pool, each tensor contiguous.
+        constants: thresholds and midpoints of the layer.
+        slot_block: not needed beside ``runs``.
+        slot_offset: the same.
+        skip: sink tokens, bool [T], or None.
+        error: the pool's error word, int64 [2].
+        bits: width of a code.
+        runs: where the tokens go, int32 [R, 4], see ``RaggedStep.runs``.
+
+    Raises:
+        ValueError: the planes of a row do not fill whole bytes.
+    """
+    T, H, D = keys.shape
+    R, base = len(runs), store.outlier_index.shape[-1]
+    U = subfield_width(D, bits)
+    keys, skip_bytes = keys.contiguous(), as_bytes(skip, runs)
+    scratch = torch.empty(3 * R * H + 2, dtype=torch.int32, device=keys.device)
+    # No run is longer than this, and that is known without reading them.
+    rows = tile_rows(min(T - R + 1, store.codes.shape[2]))
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    tile = {
+        "H": H,
+        "D": D,
+        "DP": triton.next_power_of_2(D),
+        "BASE": base,
+        "SKIP": skip is not None,
+        "ROWS": rows,
+    }
+    limits = (constants.key_lower, constants.key_upper)
+    _codes_and_base_rows[(R, H)](
+        keys,
+        *limits,
+        constants.key_zero,
+        constants.key_scale,
+        constants.key_midpoints,
+        skip_bytes,
+        runs,
+        store.codes,
+        store.outlier_count,
+        store.outlier_index,
+        store.outlier_value,
+        scratch,
+        error,
+        U=U,
+        UP=triton.next_power_of_2(U),
+        BS=store.codes.shape[2],
+        BITS=bits,
+        **tile,
+        **options,
+    )
+    if not base and not len(store.spill_free):
+        return  # stored without outliers: the thresholds are infinite
+    _hand_out_chunks[(1,)](
+        runs, scratch, store.outlier_count, store.spill_top, error, R * H, H=H, BASE=base, **options
+    )
+    _spill[(R, H)](
+        keys,
+        *limits,
+        skip_bytes,
+        runs,
+        scratch,
+        store.spill_head,
+        store.spill_next,
+        store.spill_index,
+        store.spill_value,
+        store.spill_free,
+        **tile,
+        **options,
+    )

@@ -1,0 +1,326 @@
+"""Quantizing, packing and storing values on the GPU in two launches, none of which the host waits for.
+
+The first, a program per token and value group, finds the n smallest and n largest channels and the range of the rest.
+The n-th largest of the maxima of small groups of channels is at most the n-th largest channel, and nearly it: bisection
+over the maxima finds it, a few steps from each value to the next do the rest. The second, a program per tokens and
+head, writes the codes; what is an outlier it knows from the two thresholds and where ties at them end.
+"""
+
+# Kernels take tensors of pointers and constants, which have no types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvquant.kernels import ERROR_VALUE_NOT_FINITE, LayerConstants, ValueStore
+from kvquant.kernels.triton_kernels.codes import (
+    as_bytes,
+    count_codes,
+    fold,
+    is_finite,
+    no_words,
+    report,
+    store_words,
+    subfield_width,
+    tile_rows,
+)
+
+_VALUE_NOT_FINITE = tl.constexpr(ERROR_VALUE_NOT_FINITE)
+_LEAST, _MOST = tl.constexpr(-(1 << 31)), tl.constexpr((1 << 31) - 1)
+# Low bits that an fp32 number from a narrower type never has.
+_UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+
+
+@triton.jit
+def _ordered(x, UNUSED: tl.constexpr):
+    """Numbers as int32 of the same order, both zeros 0."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & _MOST)) >> UNUSED
+
+
+@triton.jit
+def _unordered(o, UNUSED: tl.constexpr):
+    bits = o << UNUSED
+    # The low bits of a negative number, all 0, were turned to 1.
+    return tl.where(o < 0, (bits | ((1 << UNUSED) - 1)) ^ _MOST, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _ceil_average(a, b):
+    return (a | b) - ((a ^ b) >> 1)  # no overflow between the ends of int32
+
+
+@triton.jit
+def _nth_largest_bounds(
+    high, low, N: tl.constexpr, CHANNELS: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr
+):
+    """The N-th largest of the group maxima of ``high`` and of ``low`` [P], by bisecting both at once."""
+    GROUPS: tl.constexpr = P // GROUP
+    high = tl.max(tl.reshape(high, (GROUPS, GROUP)), 1)
+    low = tl.max(tl.reshape(low, (GROUPS, GROUP)), 1)
+    there = tl.arange(0, GROUPS) * GROUP < CHANNELS
+    high_from, high_to = tl.min(tl.where(there, high, _MOST), 0), tl.max(high, 0)
+    low_from, low_to = tl.min(tl.where(there, low, _MOST), 0), tl.max(low, 0)
+    while (high_from < high_to) | (low_from < low_to):
+        high_mid, low_mid = _ceil_average(high_from, high_to), _ceil_average(low_from, low_to)
+        # Two counts in one sum.
+        reached = tl.sum((high >= high_mid).to(tl.int64) + ((low >= low_mid).to(tl.int64) << 32), 0)
+        high_enough, low_enough = (reached & _MOST) >= N, (reached >> 32) >= N
+        high_from = tl.where(high_enough, high_mid, high_from)
+        high_to = tl.where(high_enough, high_to, high_mid - 1)
+        low_from = tl.where(low_enough, low_mid, low_from)
+        low_to = tl.where(low_enough, low_to, low_mid - 1)
+    return high_from, low_from
+
+
+@triton.jit
+def _raise_bound(x, bound, N: tl.constexpr):
+    """The N-th largest of ``x``, from a bound that N elements reach, and how many elements lie above it."""
+    above = tl.sum((x > bound).to(tl.int32), 0)
+    while above >= N:
+        bound = tl.min(tl.where(x > bound, x, _MOST), 0)
+        above = tl.sum((x > bound).to(tl.int32), 0)
+    return bound, above
+
+
+@triton.jit
+def _ranges_and_outliers(
+    values,
+    skip,
+    slot_block,
+    slot_offset,
+    zero,
+    scale,
+    outlier_index,
+    outlier_value,
+    ends,
+    error,
+    CHANNELS: tl.constexpr,
+    P: tl.constexpr,
+    BS: tl.constexpr,
+    VG: tl.constexpr,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNUSED: tl.constexpr,
+    SKIP: tl.constexpr,
+):
+    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c = tl.arange(0, P)
+    there = c < CHANNELS
+    x = tl.load(values + (token * VG + group) * CHANNELS + c, mask=there, other=0.0).to(tl.float32)
+    at = tl.load(slot_block + token) * BS + tl.load(slot_offset + token)
+    stored = True
+    if SKIP:
+        stored = tl.load(skip + token) == 0
+    rest = there
+    bad = there & (is_finite(x) == 0)
+    if N > 0:
+        o = _ordered(x, UNUSED)
+        high, low = tl.where(there, o, _LEAST), tl.where(there, -o, _LEAST)
+        high_bound, low_bound = _nth_largest_bounds(high, low, N, CHANNELS, P, GROUP)
+        largest, above = _raise_bound(high, high_bound, N)
+        smallest, below = _raise_bound(low, low_bound, N)
+        # Ties go to the highest channels at the high end, to the lowest at the low end; three counts in one scan.
+        beyond = (high > largest) | (low > smallest)
+        at_high, at_low = high == largest, low == smallest
+        one = beyond.to(tl.int64) + (at_high.to(tl.int64) << 20) + (at_low.to(tl.int64) << 40)
+        earlier = tl.cumsum(one, 0) - one
+        high_before = ((earlier >> 20) & 0xFFFFF).to(tl.int32) - (
+            tl.sum(at_high.to(tl.int32), 0) - (N - above)
+        )
+        low_before = (earlier >> 40).to(tl.int32)
+        high_tie = at_high & (high_before >= 0)
+        low_tie = at_low & (low_before < N - below)
+        outlier = beyond | high_tie | low_tie
+        rest = there & (outlier == 0)
+        k = (earlier & 0xFFFFF).to(tl.int32) + tl.maximum(high_before, 0) + tl.minimum(low_before, N - below)
+        k = tl.minimum(k, 2 * N - 1)  # NaN has no place in the order; it must not leave the row
+        kept = x.to(outlier_value.dtype.element_ty)
+        to = (at * VG + group) * (2 * N) + k
+        tl.store(outlier_index + to, (group * CHANNELS + c).to(tl.int16), mask=outlier)
+        tl.store(outlier_value + to, kept, mask=outlier)
+        bad = bad | (outlier & (is_finite(kept) == 0) & stored)
+        # What the second launch needs to know an outlier by; channels are exact in fp32.
+        mine = ends + (token * VG + group) * 4
+        tl.store(mine, _unordered(-smallest, UNUSED))
+        tl.store(mine + 1, _unordered(largest, UNUSED))
+        tl.store(mine + 2, tl.max(tl.where(low_tie, c, 0), 0).to(tl.float32))
+        tl.store(mine + 3, tl.min(tl.where(high_tie, c, P), 0).to(tl.float32))
+    # Like the twin's, a zero that bounds the range is never negative.
+    lowest = tl.min(tl.where(rest, x, float("inf")), 0) + 0.0
+    highest = tl.max(tl.where(rest, x, float("-inf")), 0) + 0.0
+    centre = ((highest + lowest) * 0.5).to(zero.dtype.element_ty)
+    half = ((highest - lowest) * 0.5).to(zero.dtype.element_ty)
+    tl.store(zero + at * VG + group, centre)
+    tl.store(scale + at * VG + group, half)
+    bad_channel = tl.min(tl.where(bad, c, P), 0)
+    if N == 0:
+        # Without outliers the range must fit the 16-bit storage; with them, an outlier overflows first.
+        size = tl.where(there, tl.abs(x), -1.0)
+        widest = tl.min(tl.where(size == tl.max(size, 0), c, P), 0)
+        overflows = ((is_finite(centre) & is_finite(half)) == 0) & stored
+        bad_channel = tl.where((bad_channel == P) & overflows, widest, bad_channel)
+    report(
+        error,
+        _VALUE_NOT_FINITE,
+        tl.where(bad_channel < P, group * CHANNELS + bad_channel, VG * CHANNELS),
+        VG * CHANNELS,
+    )
+
+
+@triton.jit(do_not_specialize=["T"])
+def _value_codes(
+    values,
+    skip,
+    slot_block,
+    slot_offset,
+    midpoints,
+    zero,
+    scale,
+    ends,
+    codes,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    U: tl.constexpr,
+    UP: tl.constexpr,
+    BS: tl.constexpr,
+    VG: tl.constexpr,
+    N: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SKIP: tl.constexpr,
+):
+    head = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < T
+    block = tl.load(slot_block + row, mask=live, other=0)
+    slot = tl.load(slot_offset + row, mask=live, other=0)
+    row = row.to(tl.int64)
+    CHANNELS: tl.constexpr = H * D // VG
+    ROW_BYTES: tl.constexpr = BITS // (BITS & -BITS) * U
+    j = tl.arange(0, UP)
+    there = live[:, None] & (j < U)[None, :]
+    words = no_words(ROWS, UP, BITS)
+    for u in tl.static_range(D // U):
+        channel = (head * D + u * U + j)[None, :]
+        x = tl.load(values + (row * (H * D))[:, None] + channel, mask=there, other=0.0).to(tl.float32)
+        if CHANNELS % D == 0:
+            # A group is made of whole heads: one range for a tile's row.
+            group = head * D // CHANNELS
+            known = live[:, None]
+        else:
+            group = channel // CHANNELS
+            known = there
+        at = ((block * BS + slot) * VG)[:, None] + group
+        z = tl.load(zero + at, mask=known, other=0.0).to(tl.float32)
+        s = tl.load(scale + at, mask=known, other=0.0).to(tl.float32)
+        code = count_codes(x, z, s, midpoints, (1 << BITS) - 1)
+        if N > 0:
+            end = ends + ((row * VG)[:, None] + group) * 4
+            low = tl.load(end, mask=known, other=0.0)
+            high = tl.load(end + 1, mask=known, other=0.0)
+            low_until = tl.load(end + 2, mask=known, other=0.0)
+            high_from = tl.load(end + 3, mask=known, other=0.0)
+            c = (channel - group * CHANNELS).to(tl.float32)
+            outlier = (
+                (x < low) | (x > high) | ((x == low) & (c <= low_until)) | ((x == high) & (c >= high_from))
+            )
+            code = tl.where(outlier, 0, code)
+        words = fold(words, code, u, BITS)
+    if SKIP:
+        words = tl.where((tl.load(skip + row, mask=live, other=1) == 0)[:, None], words, 0)
+    to = codes + (((block * H + head) * BS + slot) * ROW_BYTES)[:, None] + j[None, :]
+    store_words(words, to, there, U, BITS)
+
+
+def write_values(
+    values: Tensor,
+    store: ValueStore,
+    constants: LayerConstants,
+    slot_block: Tensor,
+    slot_offset: Tensor,
+    skip: Tensor | None,
+    error: Tensor,
+    *,
+    bits: int,
+    runs: Tensor,
+) -> None:
+    """Quantize, pack and store values [T, H, D] with each token's own range; see ``fused_write.write_values``.
+
+    Args:
+        values: [T, H, D].
+        store: the layer's values in the pool, each tensor contiguous.
+        constants: midpoints of the layer's codebook.
+        slot_block: block of each token, int64 [T].
+        slot_offset: slot within the block, int64 [T].
+        skip: sink tokens, bool [T], or None.
+        error: the pool's error word, int64 [2].
+        bits: width of a code.
+        runs: not needed beside the slots; here for the arguments to be those of ``write_keys``.
+
+    Raises:
+        ValueError: the planes of a row do not fill whole bytes.
+    """
+    T, H, D = values.shape
+    VG, BS = store.zero.shape[-1], store.zero.shape[-2]
+    channels = H * D // VG
+    per_end = store.outlier_index.shape[-1] // VG // 2
+    U, padded = subfield_width(D, bits), triton.next_power_of_2(channels)
+    values, skip_bytes = values.contiguous(), as_bytes(skip, slot_block)
+    ends = torch.empty((T, VG, 4) if per_end else (0,), dtype=torch.float32, device=values.device)
+    slots = (slot_block, slot_offset)
+    _ranges_and_outliers[(T, VG)](
+        values,
+        skip_bytes,
+        *slots,
+        store.zero,
+        store.scale,
+        store.outlier_index,
+        store.outlier_value,
+        ends,
+        error,
+        CHANNELS=channels,
+        P=padded,
+        BS=BS,
+        VG=VG,
+        N=per_end,
+        GROUP=_group_size(channels, per_end),
+        UNUSED=_UNUSED_BITS[values.dtype],
+        SKIP=skip is not None,
+        num_warps=min(16, max(4, padded // 1024)),
+        enable_fp_fusion=False,
+    )
+    rows = tile_rows(T)
+    _value_codes[(triton.cdiv(T, rows), H)](
+        values,
+        skip_bytes,
+        *slots,
+        constants.value_midpoints,
+        store.zero,
+        store.scale,
+        ends,
+        store.codes,
+        T,
+        H=H,
+        D=D,
+        U=U,
+        UP=triton.next_power_of_2(U),
+        BS=BS,
+        VG=VG,
+        N=per_end,
+        BITS=bits,
+        ROWS=rows,
+        SKIP=skip is not None,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+def _group_size(channels: int, per_end: int) -> int:
+    """Channels of a group: as many as leave three times as many groups as outliers, so that the bound is close."""
+    return next((size for size in (8, 4, 2) if channels // size >= 3 * per_end), 1)

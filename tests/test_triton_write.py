@@ -1,0 +1,312 @@
+"""The triton kernels that write, against pytorch_fused: all that is stored is identical.
+
+Triton's interpreter must be chosen before triton is imported, so that its cases run in a process of their own (this
+file as a script); on a GPU the same cases run compiled, and larger ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SRC = Path(__file__).resolve().parent.parent / "src"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Calls that append to the sequences of one pool, each the tokens of every sequence."""
+
+    bits: int = 3
+    head_dim: int = 64
+    heads: int = 2
+    fraction: float = 0.01
+    dtype: str = "fp16"
+    calls: tuple[tuple[int, ...], ...] = ((63, 64, 65),)
+    groups: int = 1
+    sinks: int = 0
+    block_size: int = 64
+    spread: float = 1.5
+    ties: bool = False
+    chains: int = 0  # links that the longest chain must have
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return " ".join(changed).replace("=", "-") or "plain"
+
+
+SMALL = [
+    *(
+        Case(
+            bits=bits,
+            head_dim=head_dim,
+            dtype=dtype,
+            calls=((1,), (12,)),
+            block_size=8,
+            sinks=sinks,
+            groups=groups,
+        )
+        for (bits, head_dim), dtype, sinks, groups in zip(
+            itertools.product((2, 3, 4, 8), (64, 80, 128)),
+            itertools.cycle(("fp16", "fp32")),
+            itertools.cycle((0, 3, 0, 0, 2)),
+            itertools.cycle((1, 4, 2)),
+            strict=False,
+        )
+    ),
+    *(Case(bits=bits, calls=((5,),), block_size=8, heads=3, head_dim=96) for bits in (1, 5, 6, 7)),
+    Case(chains=1, sinks=5),
+    Case(bits=4, calls=((1,), (1,), (63,), (130,)), head_dim=128, dtype="fp32", chains=1),
+    Case(
+        bits=3,
+        calls=((1, 0, 3), (1, 2, 0), (1, 30, 1), (0, 1, 1), (16, 1, 40)),
+        block_size=16,
+        spread=6.0,
+        chains=3,
+    ),
+    Case(
+        bits=2, calls=((40, 40),), block_size=16, spread=6.0, fraction=0.05, head_dim=128, chains=3, sinks=2
+    ),
+    Case(bits=4, fraction=0.0, calls=((9, 40),), groups=2),
+    Case(bits=4, fraction=0.3, calls=((9,),), groups=4),
+    Case(bits=2, fraction=0.05, calls=((40,),), ties=True, groups=2),
+    Case(bits=2, fraction=0.0, calls=((40,),), ties=True, dtype="fp32"),
+    Case(bits=4, fraction=0.1, calls=((40,),), ties=True, dtype="fp32"),
+]
+LARGE = [
+    *(
+        Case(
+            bits=bits,
+            head_dim=128,
+            heads=heads,
+            dtype=dtype,
+            calls=((700, 1, 64), (1, 1, 1), (300, 0, 129)),
+            groups=groups,
+            sinks=sinks,
+            chains=1,
+        )
+        for bits, heads, dtype, groups, sinks in (
+            (2, 8, "bf16", 1, 4),
+            (3, 32, "fp16", 1, 0),
+            (3, 8, "bf16", 8, 4),
+            (4, 32, "bf16", 1, 0),
+            (4, 8, "fp16", 3 + 1, 5),
+            (8, 8, "fp32", 1, 1),
+        )
+    ),
+    Case(bits=3, head_dim=128, heads=8, dtype="bf16", calls=((64, 64), (1, 1)), ties=True, fraction=0.05),
+    Case(bits=3, head_dim=128, heads=8, dtype="bf16", calls=((400,), (30,)), spread=8.0, chains=10),
+    Case(bits=2, head_dim=80, heads=5, dtype="bf16", calls=((300,), (3,))),
+    Case(bits=4, head_dim=128, heads=1, dtype="fp16", calls=((600,),), block_size=512, fraction=0.002),
+    Case(bits=4, head_dim=128, heads=260, dtype="fp16", calls=((9,),), block_size=8),
+]
+
+
+def heavy_tailed(num_tokens, heads, head_dim, seed, spread=1.0):
+    channels = torch.Generator().manual_seed(99)
+    scale = torch.randn(heads, head_dim, generator=channels).exp()
+    centre = torch.randn(heads, head_dim, generator=channels)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, heads, head_dim, generator=generator)
+    tail = torch.rand(num_tokens, heads, head_dim, generator=generator).clamp(min=0.05).sqrt()
+    return x / tail * scale * spread + centre
+
+
+def few_values(shape):
+    """Many equal elements, zeros of either sign and a token of width zero among them."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randint(-2, 3, shape, generator=generator) * torch.tensor(0.5)
+    x = torch.where(torch.rand(shape, generator=generator) < 0.5, -x, x)
+    x[3] = 0.5
+    return x
+
+
+def quantizer_for(case):
+    from kvquant.batched_quant import BatchedKVQuantizer
+    from kvquant.spec import QuantSpec
+
+    spec = QuantSpec(
+        case.bits, outlier_fraction=case.fraction, value_groups=case.groups, sink_tokens=case.sinks
+    )
+    drawn = (heavy_tailed(256, case.heads, case.head_dim, seed).to(DTYPES[case.dtype]) for seed in (1, 2))
+    return BatchedKVQuantizer.calibrate(spec, *drawn)
+
+
+def pool_for(case, quantizer, device):
+    from kvquant.block_layout import BlockLayout
+    from kvquant.block_pool import BlockPool
+
+    layout = BlockLayout(
+        quantizer.spec, 1, case.heads, case.head_dim, DTYPES[case.dtype], case.block_size, 60.0
+    )
+    per_sequence = (sum(map(max, case.calls)) + case.block_size) // case.block_size + 1
+    width = len(case.calls[0])
+    pool = BlockPool(layout, per_sequence * width, max_sequences=width, device=device)
+    return pool, [pool.add_sequence() for _ in range(width)]
+
+
+def write(quantizer, pool, step, keys, values, *, triton):
+    """As ``BatchedKVQuantizer.write``, sink tokens left out."""
+    if triton:
+        from kvquant.kernels.triton_kernels import write_keys, write_values
+
+        ours, more = (write_keys.write_keys, write_values.write_values), {"runs": step.runs}
+    else:
+        from kvquant.kernels import fused_write
+
+        ours, more = (fused_write.write_keys, fused_write.write_values), {}
+    layer, spec = pool.layers[0], quantizer.spec
+    skip = step.positions < spec.sink_tokens if spec.sink_tokens else None
+    for function, x, store, bits in zip(
+        ours, (keys, values), (layer.keys, layer.values), (spec.key_bits, spec.value_bits), strict=True
+    ):
+        function(
+            x,
+            store,
+            quantizer.constants,
+            step.slot_block,
+            step.slot_offset,
+            skip,
+            layer.error,
+            bits=bits,
+            **more,
+        )
+
+
+def check(case, device):
+    """Append the calls with both backends and compare all that the pools hold, after each call."""
+    quantizer = quantizer_for(case)
+    backends = ((False, "cpu", quantizer), (True, device, quantizer.to(device)))
+    pools = [pool_for(case, quantizer, on) for _, on, _ in backends]
+    total = sum(map(sum, case.calls))
+    keys, values = (
+        heavy_tailed(total, case.heads, case.head_dim, seed, case.spread).to(DTYPES[case.dtype])
+        for seed in (3, 4)
+    )
+    if case.ties:
+        keys = values = few_values(values.shape).to(DTYPES[case.dtype])
+    done = 0
+    for lengths in case.calls:
+        tokens, done = slice(done, done + sum(lengths)), done + sum(lengths)
+        for (triton, on, own), (pool, rows) in zip(backends, pools, strict=True):
+            named = [row for row, n in zip(rows, lengths, strict=True) if n]
+            step = pool.reserve(named, [n for n in lengths if n])
+            write(own, pool, step, keys[tokens].to(on), values[tokens].to(on), triton=triton)
+            pool.commit()
+        assert_same_pools(pools[1][0], pools[0][0])
+    pool = pools[0][0]
+    beyond = int(pool.tensors["key_outlier_count"].max()) - pool.layout.key_outlier_base
+    assert max(0, -(-beyond // 32)) >= case.chains, f"the draw must grow a chain of {case.chains} links"
+
+
+def assert_same_pools(pool, truth):
+    for name, tensor in truth.tensors.items():
+        mine = pool.tensors[name].cpu()
+        assert torch.equal(mine, tensor), f"{name}: {int((mine != tensor).sum())} of {tensor.numel()} differ"
+    assert torch.equal(pool.spill_top.cpu(), truth.spill_top), "spill_top"
+    assert torch.equal(pool.error.cpu(), truth.error), "error"
+
+
+def check_error(case, device, kind, side, number, token):
+    """One element that cannot be stored is named in the error word by both backends."""
+    quantizer = quantizer_for(case)
+    words = []
+    for triton, on in ((False, "cpu"), (True, device)):
+        pool, rows = pool_for(case, quantizer, on)
+        keys, values = (heavy_tailed(9, case.heads, case.head_dim, seed) for seed in (3, 4))
+        {"key": keys, "value": values}[side][token, 1, 5] = number
+        keys, values = (x.to(DTYPES[case.dtype]).to(on) for x in (keys, values))
+        write(quantizer.to(on), pool, pool.reserve(rows, [9]), keys, values, triton=triton)
+        words.append(pool.error[0].tolist())
+    assert words[0] == words[1] == ([kind, case.head_dim + 5] if kind else [0, 0]), words
+
+
+ERRORS = [
+    (1, "key", torch.nan, 0),
+    (1, "key", torch.inf, 6),
+    (2, "value", torch.nan, 6),
+    (2, "value", -torch.inf, 0),
+    (2, "value", 3e5, 6),
+    (0, "value", 1e5, 1),
+    (0, "key", 1e5, 1),
+]
+
+
+def check_exhaustion(device):
+    """Without enough spill chunks nothing is counted and none is taken."""
+    case = Case(bits=3, calls=((16,),), block_size=16, spread=6.0)
+    quantizer = quantizer_for(case)
+    pools = []
+    for triton, on in ((False, "cpu"), (True, device)):
+        pool, rows = pool_for(case, quantizer, on)
+        pool.spill_top.fill_(2)
+        keys, values = (heavy_tailed(16, 2, 64, seed, 6.0).to(torch.float16).to(on) for seed in (3, 4))
+        write(quantizer.to(on), pool, pool.reserve(rows, [16]), keys, values, triton=triton)
+        pools.append(pool)
+    assert pools[1].error[0].tolist() == pools[0].error[0].tolist() == [3, 0]
+    assert int(pools[1].spill_top) == 2
+    assert int(pools[1].tensors["key_outlier_count"].sum()) == 0
+    assert torch.equal(pools[1].tensors["key_codes"].cpu(), pools[0].tensors["key_codes"])
+
+
+def all_checks(device, cases):
+    """Every check by a name."""
+    for case in cases:
+        yield f"stores {case}", check, (case, device)
+    for fraction, error in itertools.product((0.0, 0.01), ERRORS):
+        case = Case(fraction=fraction, dtype="fp32", sinks=2, calls=((9,),), block_size=16)
+        yield f"error {error} fraction {fraction}", check_error, (case, device, *error)
+    yield "exhausted chunks", check_exhaustion, (device,)
+
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+@needs_triton
+def test_the_interpreter_stores_what_pytorch_fused_stores():
+    # bf16 is wrong in the interpreter (it truncates); that type is compared on a GPU.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [pytest.param(*rest, id=name) for name, *rest in all_checks("cuda", SMALL + LARGE)],
+)
+def test_a_gpu_stores_what_pytorch_fused_stores(function, arguments):
+    function(*arguments)
+
+
+def main():
+    """Run the small cases in the interpreter and name those that fail."""
+    assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
+    only = sys.argv[1] if len(sys.argv) > 1 else ""
+    failed = 0
+    for name, function, arguments in all_checks("cpu", SMALL):
+        if only in name:
+            try:
+                function(*arguments)
+            except AssertionError as wrong:
+                failed += 1
+                print(f"{name}: {wrong}")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
