@@ -292,7 +292,7 @@ def write_values(
         GROUP=_group_size(channels, per_end),
         UNUSED=_UNUSED_BITS[values.dtype],
         SKIP=skip is not None,
-        num_warps=min(16, max(4, padded // 1024)),
+        num_warps=min(16, max(4, padded // 512)),
         enable_fp_fusion=False,
     )
     rows = tile_rows(T)
