@@ -82,8 +82,8 @@ def results(cwd: Path) -> list[dict[str, Any]]:
             "error: quant.bits must be 1 to 8, got 9; try 4 (in the sweep's point quant.bits=9)",
         ),
         (
-            ["experiment=ablation_bits", "kernel=triton"],
-            "error: kernel.backend=triton is not part of this version",
+            ["experiment=ablation_bits", "kernel=triton", "device=cpu"],
+            "error: kernel.backend=triton must run on an NVIDIA GPU, got device=cpu; try kernel=pytorch_fused",
         ),
         (["hydra.foo=1"], "error: unknown key hydra.foo"),
     ],

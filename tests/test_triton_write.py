@@ -156,9 +156,9 @@ def pool_for(case, quantizer, device):
 def write(quantizer, pool, step, keys, values, *, triton):
     """As ``BatchedKVQuantizer.write``, sink tokens left out."""
     if triton:
-        from kvquant.kernels.triton_kernels import write_keys, write_values
+        from kvquant.kernels import triton_kernels
 
-        ours, more = (write_keys.write_keys, write_values.write_values), {"runs": step.runs}
+        ours, more = (triton_kernels.write_keys, triton_kernels.write_values), {"runs": step.runs}
     else:
         from kvquant.kernels import fused_write
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvquant import nuq
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
-from kvquant.kernels import LayerConstants, LayerStore, StoredLayer, get_backend
+from kvquant.kernels import LayerConstants, LayerStore, StoredLayer, get_backend, run_argument
 from kvquant.ragged import RaggedStep, cumulative_lengths, lengths_from_cu_seqlens
 from kvquant.spec import METHODS, QuantSpec
 
@@ -299,8 +299,9 @@ class BatchedKVQuantizer:
             return
         skip = self.write_sinks(keys, values, store, step)
         args = (self.constants, *slots, skip, store.error)
-        kernels.write_keys(keys, store.keys, *args, bits=self.spec.key_bits)
-        kernels.write_values(values, store.values, *args, bits=self.spec.value_bits)
+        runs = run_argument(kernels, step)
+        kernels.write_keys(keys, store.keys, *args, bits=self.spec.key_bits, **runs)
+        kernels.write_values(values, store.values, *args, bits=self.spec.value_bits, **runs)
 
     def write_sinks(self, keys: Tensor, values: Tensor, store: LayerStore, step: RaggedStep) -> Tensor | None:
         """Keep sink tokens as they are; returns which tokens are sinks, bool [T], or None."""

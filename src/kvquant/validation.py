@@ -107,12 +107,11 @@ def _check_cache(cache: Any) -> None:
     _one_of("cache.prefill_reads", cache.prefill_reads, ("quantized", "exact"))
 
 
-def _check_kernel(kernel: Any) -> None:
+def _check_kernel(kernel: Any, device: str) -> None:
     _one_of("kernel.backend", kernel.backend, ("auto", "reference", "pytorch_fused", "triton"))
-    if kernel.backend == "triton":
+    if kernel.backend == "triton" and device == "cpu":
         raise ConfigError(
-            "kernel.backend=triton is not part of this version yet (its kernels are still being written); "
-            "try kernel=pytorch_fused"
+            "kernel.backend=triton must run on an NVIDIA GPU, got device=cpu; try kernel=pytorch_fused"
         )
 
 
@@ -234,7 +233,7 @@ def check_config(cfg: DictConfig) -> None:
     _check_model(cfg.model)
     _check_quant(cfg.quant, cfg.kernel.backend)
     _check_cache(cfg.cache)
-    _check_kernel(cfg.kernel)
+    _check_kernel(cfg.kernel, cfg.device)
     _check_batch(cfg.batch)
     _check_data(cfg.data, cfg.calibration)
     _check_surroundings(cfg)

@@ -1,7 +1,8 @@
 """One set of operations, several backends, chosen by name.
 
 Every backend is a module with the functions named in ``OPERATIONS``, of equal signatures: tensors, named tuples of
-tensors, and ints; never a config. ``reference`` is the plain truth, ``pytorch_fused`` the vectorised CPU default.
+tensors, and ints; never a config. ``reference`` is the plain truth, ``pytorch_fused`` the vectorised CPU default,
+``triton`` (the package ``triton_kernels``) the GPU default.
 
 Shapes use the letters of the whole package: B sequences, T tokens of the ragged batch, H KV heads, G query heads per
 KV head, D head_dim, C = H*D channels, N blocks in the pool, BS block_size.
@@ -10,11 +11,17 @@ KV head, D head_dim, C = H*D channels, N blocks in the pool, BS block_size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import importlib.util
+import os
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from kvquant.ragged import RaggedStep
 
 BACKENDS = ("reference", "pytorch_fused", "triton")
 OPERATIONS = (
@@ -166,12 +173,32 @@ def get_backend(name: str, device_type: str = "cpu") -> ModuleType:
         ValueError: the name is unknown or the backend cannot run here; says which would.
     """
     if name == "auto":
-        name = "pytorch_fused"
-    if name == "triton":
-        raise ValueError(
-            "kernel=triton is not available yet (its kernels are not written); use kernel=pytorch_fused, which runs on "
-            f"{device_type}"
-        )
+        name = "triton" if device_type == "cuda" and not triton_refusal(device_type) else "pytorch_fused"
     if name not in BACKENDS:
         raise ValueError(f"kernel must be one of auto, {', '.join(BACKENDS)}, got {name!r}; try auto")
+    if name == "triton":
+        reason = triton_refusal(device_type)
+        if reason:
+            raise ValueError(f"kernel=triton {reason}; try kernel=pytorch_fused, which runs on {device_type}")
+        name = "triton_kernels"
     return importlib.import_module(f"kvquant.kernels.{name}")
+
+
+@functools.lru_cache(maxsize=4)
+def triton_refusal(device_type: str) -> str | None:
+    """Say why the triton backend cannot run on a device; None: it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # triton's interpreter, which tests use
+    if device_type != "cuda":
+        return f"must run on an NVIDIA GPU, got {device_type}"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"must run on compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
+    return None
+
+
+def run_argument(kernels: ModuleType, step: RaggedStep) -> dict[str, Tensor]:
+    """The argument by which a backend that works block by block learns which tokens share one; else nothing."""
+    return {"runs": step.runs} if getattr(kernels, "TAKES_RUNS", False) else {}

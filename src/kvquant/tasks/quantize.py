@@ -17,7 +17,7 @@ from torch import Tensor
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
-from kvquant.kernels import get_backend
+from kvquant.kernels import get_backend, run_argument
 from kvquant.measure import Stopwatch
 from kvquant.spec import QuantSpec
 from kvquant.tasks.decode_ways import DecodeWays
@@ -191,7 +191,7 @@ def _into_blocks(quantizer: BatchedKVQuantizer, keys: Tensor, values: Tensor, ba
         step = pool.reserve([row], [T])  # rolls back what the turn before left pending
         args = (constants, step.slot_block, step.slot_offset, None, store.error)
         if kind == "keys":
-            kernels.write_keys(keys, store.keys, *args, bits=spec.key_bits)
+            kernels.write_keys(keys, store.keys, *args, bits=spec.key_bits, **run_argument(kernels, step))
         else:
             kernels.write_values(values, store.values, *args, bits=spec.value_bits)
         pool.check()

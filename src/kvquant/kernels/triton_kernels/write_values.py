@@ -248,7 +248,7 @@ def write_values(
     error: Tensor,
     *,
     bits: int,
-    runs: Tensor,
+    runs: Tensor | None = None,
 ) -> None:
     """Quantize, pack and store values [T, H, D] with each token's own range; see ``fused_write.write_values``.
 

@@ -1,0 +1,27 @@
+"""The GPU default: Triton kernels that write blocks and that decode straight from packed codes.
+
+What has no kernel of its own is the vectorised PyTorch form, on the GPU as well: dequantizing whole tiles, prefill
+attention over them, exact storage, and putting full blocks in order.
+"""
+
+from __future__ import annotations
+
+from kvquant.kernels.fused_read import read_exact, read_keys, read_values
+from kvquant.kernels.fused_write import close_values, write_exact
+from kvquant.kernels.triton_kernels.attention import attend
+from kvquant.kernels.triton_kernels.write_keys import write_keys
+from kvquant.kernels.triton_kernels.write_values import write_values
+
+TAKES_RUNS = True
+
+__all__ = [
+    "TAKES_RUNS",
+    "attend",
+    "close_values",
+    "read_exact",
+    "read_keys",
+    "read_values",
+    "write_exact",
+    "write_keys",
+    "write_values",
+]

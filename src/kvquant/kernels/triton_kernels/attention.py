@@ -1,0 +1,212 @@
+"""Choose and launch: decode calls go to the decode kernel, all others dequantize tile by tile in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore
+from kvquant.kernels.tiled_attention import attend_tiled
+from kvquant.kernels.triton_kernels import decode
+from kvquant.packing import packed_row_bytes, plane_widths
+from kvquant.ragged import RaggedStep
+
+DECODE_BITS = (2, 3, 4)
+INTERPRET = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+_PROGRAMS = 132 * 8  # enough for several programs on each multiprocessor of an H100 or A100
+# Of 1, 2 and 4 warps with 32 to 128 outliers at once, these were the fastest measured on an H100.
+_ENTRIES, _WARPS = 32, 2
+
+
+def attend(
+    query: Tensor,
+    step: RaggedStep,
+    read_tile: Callable[[Tensor], tuple[Tensor, Tensor]],
+    rope: Rope | None,
+    exact: tuple[Tensor, Tensor] | None,
+    sinks: tuple[Tensor, Tensor] | None,
+    *,
+    block_size: int,
+    blocks_per_tile: int,
+    softmax_scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of a call; arguments and result as of :func:`kvquant.kernels.tiled_attention.attend_tiled`.
+
+    A call of one new token per sequence reads packed codes (:func:`attend_decode`) where :func:`decode_refusal` has
+    nothing against it; prefill and everything else is dequantized tile by tile.
+    """
+    own_exact = exact is not None and max(step.lengths) > 1
+    if (
+        max(step.lengths) == 1
+        and not own_exact
+        and decode_refusal(query, read_tile, rope, block_size) is None
+    ):
+        return attend_decode(
+            query,
+            step.block_table,
+            step.kv_lengths_tensor,
+            read_tile,  # type: ignore[arg-type]
+            rope,
+            sinks,
+            block_size=block_size,
+            blocks_per_tile=blocks_per_tile,
+            softmax_scale=softmax_scale,
+            window=window,
+            softcap=softcap,
+        )
+    return attend_tiled(
+        query,
+        step,
+        read_tile,
+        rope,
+        exact,
+        sinks,
+        block_size=block_size,
+        blocks_per_tile=blocks_per_tile,
+        softmax_scale=softmax_scale,
+        window=window,
+        softcap=softcap,
+    )
+
+
+def decode_refusal(
+    query: Tensor, layer: Callable[[Tensor], tuple[Tensor, Tensor]], rope: Rope | None, block_size: int
+) -> str | None:
+    """Say why the decode kernel is not for this layer; None: it is."""
+    D = query.shape[-1]
+    if not (isinstance(layer, StoredLayer) and isinstance(layer.keys, KeyStore)):
+        return "it reads the packed codes of the nuq family"
+    assert isinstance(layer.values, ValueStore)  # both sides of a layer are stored alike
+    if layer.key_bits not in DECODE_BITS or layer.value_bits not in DECODE_BITS:
+        return (
+            f"it decodes {', '.join(map(str, DECODE_BITS))} bits, got {layer.key_bits} and {layer.value_bits}"
+        )
+    if D % 16 or D > 256:
+        return f"head_dim must be a multiple of 16 up to 256, got {D}"
+    if block_size & (block_size - 1) or not 16 <= block_size <= 128:
+        return f"cache.block_size must be 16, 32, 64 or 128, got {block_size}"
+    if rope is not None and rope.offset_cos.shape[-1] * 2 != D:
+        return "it rotates whole heads"
+    if layer.keys.codes.shape[1] % layer.values.zero.shape[-1]:
+        return "a value group must hold whole heads"
+    return None
+
+
+def attend_decode(
+    query: Tensor,
+    block_table: Tensor,
+    kv_lengths: Tensor,
+    layer: StoredLayer,
+    rope: Rope | None,
+    sinks: tuple[Tensor, Tensor] | None,
+    *,
+    block_size: int,
+    blocks_per_tile: int,
+    softmax_scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Attention of one new token of each sequence over its packed history; waits for nothing on the device.
+
+    Args:
+        query: rotated at their positions, [B, Hq, D].
+        block_table: int32 [B, M].
+        kv_lengths: stored tokens of each sequence, its own included, int32 [B].
+        layer: what the pool stores of the layer.
+        rope, sinks, block_size, blocks_per_tile, softmax_scale, window, softcap: as of ``attend_tiled``.
+        splits: programs that share a sequence's blocks; None: as many as keep the device busy.
+
+    Returns:
+        [B, Hq, D] in the query's dtype.
+    """
+    B, Hq, D = query.shape
+    keys, values, constants = layer.keys, layer.values, layer.constants
+    assert isinstance(keys, KeyStore) and isinstance(values, ValueStore) and constants is not None
+    H, G, M = keys.codes.shape[1], Hq // keys.codes.shape[1], block_table.shape[1]
+    GP = max(2, triton.next_power_of_2(G))
+    device, fp32 = query.device, torch.float32
+    splits = splits or max(1, min(M, -(-_PROGRAMS // (B * H)), 64))
+    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    q = query.to(fp32).contiguous()
+    best, total = (torch.empty(B, H, splits, GP, dtype=fp32, device=device) for _ in range(2))
+    out, out2 = (torch.empty(B, H, splits, GP, D, dtype=fp32, device=device) for _ in range(2))
+    widths = [
+        max(w for w in plane_widths(bits) if w in (2, 4)) for bits in (layer.key_bits, layer.value_bits)
+    ]
+    KW, VW = (packed_row_bytes(D, w) for w in widths)
+    has_values_out = values.outlier_index.shape[-1] > 0
+    sink_tokens = 0 if sinks is None else sinks[0].shape[1]
+    cos, sin, base_cos, base_sin = (q, q, q, q) if rope is None else (t.contiguous() for t in rope)
+    decode._decode_kernel[(B * H, splits)](
+        q, table, kv_lengths,
+        keys.codes, keys.outlier_count, keys.outlier_index, keys.outlier_value,
+        keys.spill_head, keys.spill_next, keys.spill_index, keys.spill_value,
+        constants.key_zero, constants.key_scale, constants.key_centroids,
+        values.codes, values.zero, values.scale, values.outlier_index, values.outlier_value, values.outlier_end,
+        constants.value_centroids,
+        cos, sin, base_cos, base_sin,
+        best, total, out, out2,
+        float(softmax_scale), float(softcap or 1.0), window or 0, sink_tokens, table.stride(0),
+        keys.outlier_index.shape[-1], values.outlier_index.shape[-1], H, values.zero.shape[-1], blocks_per_tile,
+        G=G, GP=GP, D=D, BS=block_size,
+        KB=layer.key_bits, VB=layer.value_bits, KW=KW, VW=VW,
+        KWP=triton.next_power_of_2(KW), VWP=triton.next_power_of_2(VW),
+        K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1], KF=8 // widths[0], VF=8 // widths[1],
+        SPLITS=splits, EC=_ENTRIES, HAS_ROPE=rope is not None, HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None, HAS_K_OUT=keys.outlier_index.shape[-1] > 0, HAS_V_OUT=has_values_out,
+        INTERPRET=INTERPRET, num_warps=_WARPS, num_stages=2,
+    )  # fmt: skip
+    if sinks is not None and sink_tokens:
+        part = _attend_sinks(q, sinks, kv_lengths, rope, softmax_scale, softcap, window, H, GP)
+        best, total, out = (torch.cat([x, y], dim=2) for x, y in zip((best, total, out), part, strict=True))
+        out2 = torch.cat([out2, torch.zeros_like(part[2])], dim=2)
+        splits += 1
+    merged = torch.empty_like(query, memory_format=torch.contiguous_format)
+    decode._merge_kernel[(B * Hq,)](
+        best, total, out, out2, merged, splits,
+        G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), HAS_V_OUT=has_values_out, num_warps=1,
+    )  # fmt: skip
+    return merged
+
+
+def _attend_sinks(
+    query: Tensor,
+    sinks: tuple[Tensor, Tensor],
+    kv_lengths: Tensor,
+    rope: Rope | None,
+    softmax_scale: float,
+    softcap: float | None,
+    window: int | None,
+    H: int,
+    GP: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The exact first tokens as one more split: best, total [B, H, 1, GP], output [B, H, 1, GP, D]."""
+    B, Hq, D = query.shape
+    keys, values = (x.float().transpose(1, 2) for x in sinks)  # [B, H, S, D]
+    S = keys.shape[2]
+    if rope is not None:
+        half = D // 2
+        cos, sin = rope.offset_cos[:S], rope.offset_sin[:S]
+        first, second = keys[..., :half], keys[..., half:]
+        keys = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    scores = query.view(B, H, Hq // H, D) @ keys.transpose(-1, -2) * softmax_scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    position = torch.arange(S, device=query.device)
+    visible = position < kv_lengths[:, None]
+    if window is not None:
+        visible = visible & (position >= kv_lengths[:, None] - window)
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf) * decode.LOG2E.value
+    best = scores.amax(-1)
+    weights = torch.exp2(scores - best.masked_fill(best == -torch.inf, 0.0)[..., None])
+    pad = (0, GP - Hq // H)
+    best = torch.nn.functional.pad(best, pad)[:, :, None]
+    total = torch.nn.functional.pad(weights.sum(-1), pad)[:, :, None]
+    out = torch.nn.functional.pad(weights @ values, (0, 0, *pad))[:, :, None]
+    return best, total, out
