@@ -57,6 +57,35 @@ def test_compare_measures_every_variant_on_the_same_items(run, tmp_path) -> None
     assert [sum(w["n_tokens"] for w in row["windows"][0]) for row in items] == [4 * 127] * 5
 
 
+def test_perplexity_stopped_between_windows_goes_on_and_ends_with_the_same_numbers(
+    run, tmp_path, monkeypatch
+) -> None:
+    from kvquant.tasks import perplexity
+
+    command = ("task=perplexity", "task.window=128")
+    real, measured = perplexity.compare_window, []
+
+    def counting(window, *args):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(window.name)
+        return real(window, *args)
+
+    monkeypatch.setattr(perplexity, "compare_window", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run(*command)
+    assert load_result(tmp_path)["status"] == "interrupted"
+    monkeypatch.setattr(perplexity, "compare_window", real)
+    resumed = run(*command)
+    assert resumed["provenance"]["resumed_items"] == 2
+    for file in tmp_path.glob("items.*"):
+        file.unlink()
+    whole = run(*command)
+    assert whole["provenance"]["resumed_items"] == 0
+    for name in ("perplexity_exact", "perplexity_quantized", "kl_mean", "windows"):
+        assert resumed["metrics"][name] == whole["metrics"][name]
+
+
 def test_a_run_started_again_computes_what_is_missing(run, calibration_dir, monkeypatch) -> None:
     rows = "task.variants=[{option: uniform, bits: [2, 4]}]"
     import kvquant.tasks.compare as compare

@@ -26,10 +26,16 @@ def run(cfg: Any, context: Any) -> None:
     length = min(task.window or bench.context, bench.context)
     windows = windows_of(bench.heldout(task.max_tokens, task.part), length, task.stride or length)
     calibration = bench.calibration()
-    records = []
-    for window in progress(context.console)(windows, "perplexity", len(windows)):
+    by_name = {window.name: window for window in windows}
+
+    def measure(name: str) -> dict[str, Any]:
+        window = by_name[name]
         exact = exact_logits(bench, [window.token_ids])
-        records.append(compare_window(window, exact, run_cache(bench, calibration, [window.token_ids])))
+        return compare_window(window, exact, run_cache(bench, calibration, [window.token_ids]))
+
+    names = progress(context.console)(list(by_name), "perplexity", len(by_name))
+    # Every window is committed: a job that is stopped and queued again goes on behind its last one.
+    records = [item.values for item in context.items.run(names, measure)]
     save_json(context.run_dir / "windows.json", records)
 
     none = [{**r, "quantized_nll_sum": r["exact_nll_sum"], "kl_sum": 0.0, "flips": 0} for r in records]
