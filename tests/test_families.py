@@ -108,7 +108,7 @@ class TestWindows:
                 (pool,) = cache.pools
                 assert pool.blocks_in_use <= WINDOW // 8 + 1
                 for name in ("keys", "values"):  # the table points to block 0 for what has passed
-                    pool.tensors[name][:, list(pool._free_blocks)] = torch.nan
+                    pool.tensors[name][:, list(pool._ids.free)] = torch.nan
         assert cache.length(cache.rows[0]) == 400
         assert (last[0] - stock).abs().max() <= 1e-4
 
