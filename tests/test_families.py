@@ -151,7 +151,8 @@ class TestLongRope:
             cache = kv.new_cache(max_sequences=2)
             with pytest.raises(DataError, match="one side of 40 tokens.*rope_length"):
                 cache.append([prompt, prompt[:9]])
-            cache.append([prompt[:30]], rows=cache.rows[:1])
+            assert cache.rows == []
+            cache.append([prompt[:30]])
             with pytest.raises(DataError, match="may not grow past 40 tokens"):
                 cache.append([prompt[30:]], rows=cache.rows[:1])
 

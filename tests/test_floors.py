@@ -39,6 +39,7 @@ FLOORS: list[tuple[str, int]] = [
     ("models", 5),
     ("calibration", 5),
     ("data", 5),
+    ("serving", 5),
     ("energy", 5),
     ("tracking", 5),
     ("measure", 5),

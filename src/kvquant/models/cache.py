@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,8 +125,9 @@ class QuantizedCache(Cache):
         ids = [torch.as_tensor(p, dtype=torch.int64).flatten().to(device) for p in prompts]
         lengths = [len(p) for p in ids]
         check_lengths(lengths)
+        opened = self.open(len(ids)) if rows is None and not self.rows else []
         if rows is None:
-            rows = self.rows if self.rows else self.open(len(ids))
+            rows = self.rows
         if len(rows) != len(ids):
             raise DataError(
                 f"one prompt per sequence is needed, got {len(ids)} prompts for {len(rows)} sequences"
@@ -144,6 +146,10 @@ class QuantizedCache(Cache):
                 use_cache=True,
                 logits_to_keep=last if logits == "last" else 0,
             )
+        except BaseException:
+            for row in opened:  # refused whole, or not at all
+                self.free(row)
+            raise
         finally:
             self._packed = None
         return out.logits[0]
@@ -254,6 +260,29 @@ class QuantizedCache(Cache):
     def length(self, row: int) -> int:
         """Tokens stored for a sequence."""
         return self._pools[0].length(row)
+
+    def has_room(
+        self,
+        claims: Sequence[tuple[int | None, int]],
+        *,
+        in_steps: bool = False,
+        spare_fraction: float = 0.0,
+    ) -> bool:
+        """Whether sequences could take so many new tokens each; outlier chunks are not foreseen.
+
+        Args:
+            claims: (row, new tokens); a row of None is a sequence yet to be opened.
+            in_steps: the tokens may come in several calls of ``call_tokens``, not all in one.
+            spare_fraction: share of each pool's blocks that must stay free.
+        """
+        opened = sum(row is None for row, _ in claims)
+        call_tokens = self._call_tokens if in_steps else None
+        for pool in self._pools:
+            needed = sum(pool.blocks_to_grow(row, n, call_tokens=call_tokens) for row, n in claims)
+            spare = math.ceil(spare_fraction * pool.num_blocks)
+            if needed + spare > pool.blocks_free or len(self.rows) + opened > pool.max_sequences:
+                return False
+        return True
 
     def reset(self) -> None:
         """Forget every sequence; the pool stays."""
