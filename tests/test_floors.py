@@ -43,6 +43,7 @@ FLOORS: list[tuple[str, int]] = [
     ("energy", 5),
     ("tracking", 5),
     ("measure", 5),
+    ("peak_memory", 5),
     ("methods", 5),
     ("config", 6),
     ("validation", 6),

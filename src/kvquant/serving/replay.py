@@ -128,8 +128,9 @@ def _step(
     cache: QuantizedCache, scheduler: Scheduler, requests: Sequence[Request]
 ) -> tuple[list[tuple[ServedRequest, int]], list[int]]:
     """Run one forward call; returns who got how many tokens stored, and the most likely next token of each."""
+    admit = True
     while True:
-        shares = scheduler.plan()
+        shares = scheduler.plan(admit=admit)
         ids = [_next_ids(r, requests[r.number].prompt, count) for r, count in shares]
         rows = [r.row for r, _ in shares if r.row is not None]
         try:
@@ -139,6 +140,7 @@ def _step(
             if len(scheduler.running) == 1:
                 raise
             scheduler.preempt()
+            admit = False  # its blocks would fit at once, and its chunks would not again
             continue
         for request, count in shares:
             request.stored += count

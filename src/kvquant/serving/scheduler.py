@@ -117,12 +117,17 @@ class Scheduler:
                 "do not fit; raise task.memory_budget_gib or lower batch.max_fraction_of_context"
             )
 
-    def plan(self) -> list[tuple[ServedRequest, int]]:
-        """Preempt and admit, then say which running sequences get how many of their pending tokens next."""
+    def plan(self, *, admit: bool = True) -> list[tuple[ServedRequest, int]]:
+        """Preempt and (with ``admit``) admit, then say which running sequences get how many pending tokens next."""
         while not self._fits([(r.row, n) for r, n in self._share()]):
             self.preempt()
         self.memory_bound = False
-        while self.waiting and len(self.running) < self._rules.max_sequences and self._tokens_left() > 0:
+        while (
+            admit
+            and self.waiting
+            and len(self.running) < self._rules.max_sequences
+            and self._tokens_left() > 0
+        ):
             # All that is pending, not only what the next call takes: a prompt is admitted whole or not at all.
             claims = [(r.row, r.pending) for r in [*self.running, self.waiting[0]]]
             spare = self._rules.spare_fraction if self.running else 0.0
