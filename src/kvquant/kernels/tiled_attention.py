@@ -31,7 +31,7 @@ class _Step(NamedTuple):
     item_sequence: Tensor  # [I] index into ``sequences``
     has_unwritten: bool  # whether some sequence ends inside the tile
     has_passed: bool  # whether some sequence's window begins inside the tile
-    is_own: bool  # whether all that is written in the tile was written by this call
+    is_own: bool  # whether all that is written in the tile belongs to prompts of this call
 
 
 class _Schedule(NamedTuple):
@@ -80,7 +80,7 @@ def _schedule(
             torch.tensor([where[items[i][0]] for i in active]).to(device),
             min(past[s] + lengths[s] for s in present) <= hi,
             window is not None and max(past[s] for s in present) - window >= lo,
-            max(past[s] for s in present) <= lo,
+            max(past[s] for s in present) <= lo and min(lengths[s] for s in present) > 1,
         )
         steps.append((k, step))
     return _Schedule(
