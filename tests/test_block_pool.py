@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvquant import block_pool
+from kvquant import block_layout
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
@@ -53,10 +53,12 @@ def fresh_content(layer, tokens):
 def make_pool(num_blocks=NUM_BLOCKS, *, chunks=64, sequences=MAX_SEQUENCES, spec=SPEC, window=None):
     """A pool with as many spill chunks as its layout provides (20 for 10 blocks), but at least ``chunks``."""
     layout = BlockLayout(spec, LAYERS, HEADS, HEAD_DIM, torch.float32, BLOCK, spill_headroom=1.0)
-    with mock.patch.object(block_pool, "_MIN_CHUNKS", chunks):
-        return BlockPool(
+    with mock.patch.object(block_layout, "MIN_CHUNKS", chunks):
+        pool = BlockPool(
             layout, num_blocks, max_sequences=sequences, max_blocks_per_sequence=64, window=window
         )
+        assert pool.bytes_total == layout.pool_bytes(num_blocks, sequences, 64)
+    return pool
 
 
 def write(pool, step, tokens, *, spoil=None):
@@ -110,8 +112,8 @@ def snapshot(pool):
     return {
         "blocks": {row: pool.blocks_of(row) for row in pool.sequences},
         "lengths": {row: pool.length(row) for row in pool.sequences},
-        "free blocks": list(pool._free_blocks),
-        "references": list(pool._references),
+        "free blocks": list(pool._ids.free),
+        "references": list(pool._ids.references),
         "rows": sorted(pool._free_rows),
         "chunks": [free_chunks(pool, layer) for layer in range(LAYERS)],
         "chains": [[chains(pool, layer, b) for b in held_blocks(pool)] for layer in range(LAYERS)],
@@ -258,6 +260,26 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.passed_at(length) >= self.passed[row]
             self.tokens[row] = self.tokens[row][:length]
 
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def select(self, data):
+        """What check_select lets through is done to the end; what it refuses has changed nothing."""
+        rows = sorted(self.tokens)
+        chosen = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=MAX_SEQUENCES + 1), "chosen")
+        before = self.settled()
+        try:
+            self.pool.check_select(rows, chosen)
+        except PoolExhausted:
+            assert snapshot(self.pool) == before
+            return
+        for row in set(rows) - set(chosen):
+            self.pool.free(row)
+            del self.tokens[row]
+        for row in set(chosen):
+            for _ in range(chosen.count(row) - 1):
+                new = self.pool.fork(row)
+                self.tokens[new], self.passed[new] = self.tokens[row], self.passed[row]
+
     # ---- what always holds --------------------------------------------------------------------------------------
 
     @invariant()
@@ -286,8 +308,8 @@ class PoolMachine(RuleBasedStateMachine):
             for block in blocks:
                 holders[block] += 1
             if len(tokens) % BLOCK:
-                assert self.pool._references[blocks[-1]] == 1
-        assert holders == self.pool._references
+                assert self.pool._ids.references[blocks[-1]] == 1
+        assert holders == self.pool._ids.references
 
     @invariant()
     def nothing_leaks(self):
@@ -295,7 +317,7 @@ class PoolMachine(RuleBasedStateMachine):
         if pool._pending is not None:
             return
         held = held_blocks(pool)
-        assert sorted([*held, *pool._free_blocks]) == list(range(NUM_BLOCKS))
+        assert sorted([*held, *pool._ids.free]) == list(range(NUM_BLOCKS))
         assert pool.blocks_in_use == len(held)
         for layer in range(LAYERS):
             reachable = [chunk for block in held for chunk in chains(pool, layer, block)]

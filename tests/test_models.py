@@ -215,10 +215,12 @@ class TestCache:
                 with pytest.raises(DataError, match=message):
                     cache.append(prompts)
 
-    def test_nan_is_named_by_layer_and_channel_and_nothing_is_lost(self, small) -> None:
+    @pytest.mark.parametrize("stored", ["exact", "quantized"])
+    def test_nan_is_named_by_layer_and_channel_and_nothing_is_lost(self, small, stored) -> None:
         broken = copy.deepcopy(small)
         prompt, more = prompts_of([50, 4])
-        with quantized_kv_cache(broken, quantized(small, bits=3)) as kv:
+        quantizers = exact(small) if stored == "exact" else quantized(small, bits=3)
+        with quantized_kv_cache(broken, quantizers) as kv:
             cache = kv.new_cache(num_blocks=8, max_sequences=2)
             expected = kv.new_cache(num_blocks=8)
             cache.append([prompt])

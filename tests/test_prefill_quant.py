@@ -110,6 +110,24 @@ def test_a_chunk_reads_its_own_tokens_exactly_and_earlier_ones_quantized(
     assert_same(out, softmax_attention(query[60:], k, v))
 
 
+@pytest.mark.parametrize("backend", ["pytorch_fused", "reference"])
+def test_one_sequence_decodes_while_another_prefills(quantizer: BatchedKVQuantizer, backend: str) -> None:
+    """prefill_reads=exact holds for the prompt alone: the decoding sequence reads its own token as stored."""
+    lengths = [1, 40]
+    pool, rows = pool_for(quantizer)
+    history = draw(33, 7, H), draw(33, 8, H)
+    quantizer.write(*history, pool.layers[0], pool.reserve(rows[:1], [33]))
+    pool.commit()
+    query, keys, values = draw(41, 1, H * G), draw(41, 2, H), draw(41, 3, H)
+    step = pool.reserve(rows[:2], lengths)
+    attend = attention(quantizer, "exact", backend=backend)
+    out = attend(query, keys, values, pool.layers[0], step, None)
+    whole = [torch.cat([old, new[:1]]) for old, new in zip(history, (keys, values), strict=True)]
+    stored = quantizer.dequantize(quantizer.quantize(*whole, [0, 34], block_size=BLOCK))
+    assert_same(out[:1], softmax_attention(query[:1], *stored))
+    assert_same(out[1:], softmax_attention(query[1:], keys[1:], values[1:]))
+
+
 @pytest.mark.parametrize(
     "settings", [{"window": 20}, {"softcap": 0.5}, {"window": 3, "softcap": 1.0}], ids=str
 )

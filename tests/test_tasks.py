@@ -12,7 +12,7 @@ from rich.console import Console
 
 from kvquant.cli import conf_dir
 from kvquant.config import register_schemas
-from kvquant.errors import CalibrationError, DataError, MeterUnavailable
+from kvquant.errors import CalibrationError, DataError, MeterUnavailable, PoolExhausted
 from kvquant.results import load_result
 from kvquant.tasks import run_task
 
@@ -175,3 +175,49 @@ def test_a_machine_without_a_meter_still_says_what_it_estimates(run, monkeypatch
     table = run("energy.meter=auto", "batch.num_prompts=2", "task.repeats=1")["table"]
     rows = {row[0]: row for row in table["rows"]}
     assert rows["energy of prefill"][-1] == "estimated (CodeCarbon, CPU model)"
+
+
+SERVE = ("task=serve_trace", "batch=uniform", "batch.prompt_tokens=100", "batch.decode_tokens=6")
+
+
+@pytest.mark.parametrize(
+    ("requests", "budget_gib"), [(16, 0.0013), (9, 0.0005)], ids=["room for several", "one at a time"]
+)
+def test_serve_trace_loses_nobody_and_holds_three_times_as_many(run, requests, budget_gib) -> None:
+    result = run(*SERVE, f"task.num_requests={requests}", f"task.memory_budget_gib={budget_gib}")
+    exact, quantized = result["metrics"]["exact"], result["metrics"]["quantized"]
+    for served in (exact, quantized):
+        assert served["finished"] == requests
+        assert served["lost"] == served["duplicated"] == served["wrong_token_count"] == 0
+        assert served["blocks_left"] == served["chunks_left"] == served["sequences_left"] == 0
+        assert served["pool_bytes"] <= budget_gib * 2**30
+        assert 0 < served["ttft_s_p50"] <= served["ttft_s_p99"] and served["inter_token_s_p50"] > 0
+        assert served["energy_kind"] == "estimated"
+    # A request takes two blocks; both caches must let requests wait.
+    assert exact["held_max"] == exact["num_blocks"][0] // 2 < requests
+    assert exact["memory_bound_steps"] > 0 and quantized["waiting_max"] > 0
+    assert quantized["held_max"] >= 3 * exact["held_max"]
+    assert result["figures"] == ["serving.png"]
+
+
+def test_serve_trace_replays_a_file_with_its_arrivals(run, tmp_path) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = [("18:15:46.6805900", 374, 44), ("18:15:50.9951690", 396, 109), ("18:16:10.0000000", 2000, 7)]
+    lines = [f"2023-11-16 {at},{context},{new}" for at, context, new in rows]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    metrics = run(
+        *("task=serve_trace", "batch=trace", f"batch.trace_path={trace}", "task.time_scale=2"),
+        *("task.num_requests=3", "task.figures=false"),
+    )["metrics"]
+    assert metrics["requests"]["last_arrival_s"] == pytest.approx(2 * 23.31941)
+    # 2,007 tokens become a tenth of the context of 2,048 (smoke).
+    assert metrics["requests"]["longest_tokens"] in (204, 205)
+    assert metrics["exact"]["makespan_s"] > 40 > metrics["exact"]["busy_s"]
+    with pytest.raises(DataError, match="task.num_requests=3"):
+        run("task=serve_trace", "batch=trace", f"batch.trace_path={trace}", "task.num_requests=4")
+
+
+def test_serve_trace_refuses_a_budget_that_the_longest_request_does_not_fit(run, tmp_path) -> None:
+    with pytest.raises(PoolExhausted, match="longest request"):
+        run("task=serve_trace", "task.memory_budget_gib=0.0005", "task.num_requests=8")
+    assert load_result(tmp_path)["status"] == "out_of_memory"

@@ -13,7 +13,15 @@ from torch import Tensor
 from kvquant import nuq
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
-from kvquant.kernels import LayerConstants, LayerStore, StoredLayer, get_backend, run_argument
+from kvquant.kernels import (
+    ERROR_KEY_NOT_FINITE,
+    ERROR_VALUE_NOT_FINITE,
+    LayerConstants,
+    LayerStore,
+    StoredLayer,
+    get_backend,
+    run_argument,
+)
 from kvquant.ragged import RaggedStep, cumulative_lengths, lengths_from_cu_seqlens
 from kvquant.spec import METHODS, QuantSpec
 
@@ -294,8 +302,12 @@ class BatchedKVQuantizer:
         kernels = get_backend(backend, keys.device.type)
         slots = (step.slot_block, step.slot_offset)
         if self.constants is None:
-            kernels.write_exact(keys, store.keys, *slots)
-            kernels.write_exact(values, store.values, *slots)
+            for x, side, kind in (
+                (keys, store.keys, ERROR_KEY_NOT_FINITE),
+                (values, store.values, ERROR_VALUE_NOT_FINITE),
+            ):
+                kernels.write_exact(x, side, *slots)
+                _flag_not_finite(x, kind, store.error)
             return
         skip = self.write_sinks(keys, values, store, step)
         args = (self.constants, *slots, skip, store.error)
@@ -465,3 +477,12 @@ def predicted_sinks(keys: Tensor, positions: Tensor, most: int) -> int:
         if len(here) and bool((here.mean() - rest.mean()).abs() > 3 * rest.std()):
             found = position + 1
     return found
+
+
+def _flag_not_finite(x: Tensor, kind: int, error: Tensor) -> None:
+    """Note the first channel of [T, H, D] with NaN or infinity in an error word, without asking the device."""
+    # One pass; in fp32, because many finite fp16 numbers may add up to infinity.
+    bad = ~torch.isfinite(x.flatten(1).sum(dim=0, dtype=torch.float32))
+    channel = bad.to(torch.uint8).argmax()
+    found = torch.stack([torch.full_like(channel, kind), channel])
+    error.copy_(torch.where(bad.any() & (error[0] == 0), found, error))

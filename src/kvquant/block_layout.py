@@ -20,6 +20,9 @@ from kvquant.nuq import value_outlier_count
 from kvquant.packing import packed_row_bytes
 from kvquant.spec import QuantSpec
 
+# Spill chunks per layer at least. The expected number averages over many blocks; in a pool of a few, one odd sentence
+# is not the average.
+MIN_CHUNKS = 64
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -144,6 +147,11 @@ class BlockLayout:
             "spill_free": ((), torch.int32),
         }
 
+    def num_chunks(self, num_blocks: int) -> int:
+        """Spill chunks of each layer in a pool of ``num_blocks`` blocks."""
+        per_block = self.spill_chunks_per_block
+        return max(num_blocks * per_block, MIN_CHUNKS) if per_block else 0
+
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers, spill chunks apart."""
@@ -156,12 +164,36 @@ class BlockLayout:
 
     @property
     def provisioned_block_bytes(self) -> int:
-        """Bytes that one more block adds to a pool: the block and the spill chunks provided with it."""
+        """Bytes that one more block adds to a large pool: the block and the spill chunks provided with it."""
         return self.block_bytes + self.num_layers * self.spill_chunks_per_block * self.chunk_bytes
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Bytes that one sequence takes beside its blocks (sinks, recent tokens) over all layers."""
+        return self.num_layers * _bytes(self.row_shapes())
+
+    def pool_bytes(self, num_blocks: int, max_sequences: int, columns: int) -> int:
+        """Bytes of a whole pool before it is allocated.
+
+        Args:
+            num_blocks: blocks, N.
+            max_sequences: rows of its block table.
+            columns: columns of its block table.
+        """
+        chunks = self.num_layers * self.num_chunks(num_blocks) * self.chunk_bytes
+        table = 4 * max_sequences * columns
+        counters = self.num_layers * (4 + 16)  # height of the chunk stack; error word
+        rows = max_sequences * self.sequence_bytes
+        return num_blocks * self.block_bytes + chunks + table + counters + rows
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens of one sequence."""
         return -(-num_tokens // self.block_size)
+
+    def blocks_in_window(self, window: int, new_tokens: int) -> int:
+        """The most blocks of one sequence that a sliding window and ``new_tokens`` tokens of one call touch."""
+        # Passed blocks are given back when a call is committed: the oldest visible token may be the last of its block.
+        return self.blocks_for(window - 1 + self.block_size - 1 + new_tokens)
 
 
 class MethodLayout(BlockLayout):

@@ -2,7 +2,8 @@
 
 A block id is one slot of ``block_size`` tokens in every layer of the group. Ids are handed out on the host from the
 sequences' lengths before anything is written, so running out raises first and changes nothing; the device only ever
-sees block tables. The pool never reallocates and never copies what it holds (a fork copies one open block).
+sees block tables. The tensors themselves are in :mod:`kvquant.block_storage`; nothing that is held is ever copied (a
+fork copies one open block).
 """
 
 from __future__ import annotations
@@ -15,23 +16,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvquant import spill_chains, value_order
+from kvquant import value_order
+from kvquant.block_ids import BlockIds
 from kvquant.block_layout import BlockLayout
-from kvquant.errors import NonFiniteActivations, PoolExhausted
-from kvquant.kernels import (
-    ERROR_OUT_OF_SPILL,
-    ERROR_VALUE_NOT_FINITE,
-    ExactStore,
-    KeyStore,
-    LayerStore,
-    MethodStore,
-    RecentStore,
-    ValueStore,
-)
+from kvquant.block_storage import BlockStorage
+from kvquant.errors import PoolExhausted
 from kvquant.ragged import RaggedStep
 
-# Per layer. The expected number averages over many blocks; in a pool of a few, one odd sentence is not the average.
-_MIN_CHUNKS = 64
+_NO_CHUNK = "no spill chunk is left for a copy of an open block; raise cache.spill_headroom"
 
 
 @dataclasses.dataclass
@@ -80,69 +72,18 @@ class BlockPool:
         self.window = window
         self.layer_numbers = range(layout.num_layers) if layer_numbers is None else layer_numbers
         self.device = torch.device(device)
-        L = layout.num_layers
-        # Zeros, not empty: a slot never written must still index inside its block.
-        self.tensors: dict[str, Tensor] = {
-            name: torch.zeros(L, num_blocks, *shape, dtype=dtype, device=device)
-            for name, (shape, dtype) in layout.block_shapes().items()
-        }
-        per_block = layout.spill_chunks_per_block
-        self.num_chunks = max(num_blocks * per_block, _MIN_CHUNKS) if per_block else 0
-        for name, (shape, dtype) in layout.chunk_shapes().items():
-            self.tensors[name] = torch.zeros(L, self.num_chunks, *shape, dtype=dtype, device=device)
-        for name, (shape, dtype) in layout.row_shapes().items():
-            self.tensors[name] = torch.zeros(L, max_sequences, *shape, dtype=dtype, device=device)
+        self.storage = BlockStorage(layout, num_blocks, max_sequences, self.device)
+        self.tensors, self.layers = self.storage.tensors, self.storage.layers
+        self.spill_top, self.error = self.storage.spill_top, self.storage.error
+        self.num_chunks = self.storage.num_chunks
         columns = num_blocks if max_blocks_per_sequence is None else max_blocks_per_sequence
         self.block_table = torch.zeros(max_sequences, columns, dtype=torch.int32, device=device)
-        self.spill_top = torch.full((L, 1), self.num_chunks, dtype=torch.int32, device=device)
-        self.error = torch.zeros(L, 2, dtype=torch.int64, device=device)
-        if self.num_chunks:
-            # Popped from the top: the lowest ids go first.
-            stack = torch.arange(self.num_chunks - 1, -1, -1, dtype=torch.int32, device=device)
-            self.tensors["spill_free"].copy_(stack.expand(L, -1))
-        self._free_blocks = collections.deque(range(num_blocks))
-        self._references = [0] * num_blocks
+        self._ids = BlockIds(num_blocks)
         self._blocks: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._passed: dict[int, int] = {}  # blocks given back at the start of each sequence
         self._free_rows = list(range(max_sequences))  # a heap
         self._pending: _Reservation | None = None
-        self.layers = [self._layer(index) for index in range(L)]
-
-    def _layer(self, index: int) -> LayerStore:
-        t = {name: tensor[index] for name, tensor in self.tensors.items()}
-        keys: KeyStore | ExactStore | MethodStore
-        values: ValueStore | ExactStore | MethodStore
-        if self.layout.spec.is_exact:
-            keys, values = ExactStore(t["keys"]), ExactStore(t["values"])
-        elif not self.layout.chains_outliers:
-            keys = values = MethodStore({name: t[name] for name in self.layout.block_shapes()})
-        else:
-            keys = KeyStore(
-                codes=t["key_codes"],
-                outlier_count=t["key_outlier_count"],
-                outlier_index=t["key_outlier_index"],
-                outlier_value=t["key_outlier_value"],
-                spill_head=t["spill_head"],
-                spill_next=t["spill_next"],
-                spill_index=t["spill_index"],
-                spill_value=t["spill_value"],
-                spill_free=t["spill_free"],
-                spill_top=self.spill_top[index],
-            )
-            values = ValueStore(
-                codes=t["value_codes"],
-                zero=t["value_zero"],
-                scale=t["value_scale"],
-                outlier_index=t["value_outlier_index"],
-                outlier_value=t["value_outlier_value"],
-                outlier_end=t["value_outlier_end"],
-            )
-        recent = None
-        if "recent_keys" in t:
-            recent = RecentStore(t["recent_keys"], t["recent_values"], t["recent_position"])
-        extra = {name: t[name] for name, _, _ in self.layout.extra}
-        return LayerStore(keys, values, t["sink_keys"], t["sink_values"], self.error[index], recent, extra)
 
     @property
     def _orders_values(self) -> bool:
@@ -159,9 +100,7 @@ class BlockPool:
         """
         self.rollback()
         if not self._free_rows:
-            raise PoolExhausted(
-                f"the pool holds at most {self.max_sequences} sequences and all are in use; free one or raise max_sequences"
-            )
+            raise PoolExhausted(_too_many(self.max_sequences))
         # The lowest: pools that open and close the same rows hand out the same ones, whatever the order was.
         row = heapq.heappop(self._free_rows)
         self._blocks[row], self._lengths[row], self._passed[row] = [], 0, 0
@@ -183,7 +122,12 @@ class BlockPool:
     @property
     def blocks_in_use(self) -> int:
         """Blocks that at least one sequence holds."""
-        return self.num_blocks - len(self._free_blocks)
+        return self.num_blocks - len(self._ids.free)
+
+    @property
+    def blocks_free(self) -> int:
+        """Blocks that no sequence holds."""
+        return len(self._ids.free)
 
     def blocks_of(self, row: int) -> list[int]:
         """Ids of the blocks a sequence holds, in order."""
@@ -206,8 +150,7 @@ class BlockPool:
         passed = self._passed[row]
         shared = self._lengths[row] // self.layout.block_size - passed
         has_tail = self._lengths[row] % self.layout.block_size > 0
-        if has_tail and not self._free_blocks:
-            raise PoolExhausted(_exhausted(1, 0, self.num_blocks))
+        self._ids.check(int(has_tail))
         new = self.add_sequence()
         blocks = self._blocks[row][:shared]
         if has_tail:
@@ -216,12 +159,10 @@ class BlockPool:
             except PoolExhausted:
                 self.free(new)
                 raise
-        for block in blocks[:shared]:
-            self._references[block] += 1
+        self._ids.share(blocks[:shared])
         self._blocks[new], self._lengths[new], self._passed[new] = blocks, self._lengths[row], passed
         self._write_table(new, passed, blocks)
-        for name in self.layout.row_shapes():
-            self.tensors[name][:, new] = self.tensors[name][:, row]
+        self.storage.copy_row(row, new)
         return new
 
     def crop(self, row: int, length: int) -> None:
@@ -236,18 +177,18 @@ class BlockPool:
         passed, inside = self._passed[row], length % self.layout.block_size
         keep = self.layout.blocks_for(length) - passed
         blocks = self._blocks[row]
-        if inside and self._references[blocks[keep - 1]] > 1:
+        if inside and self._ids.references[blocks[keep - 1]] > 1:
             original = blocks[keep - 1]
             blocks[keep - 1] = self._copy_block(original)
-            self._references[original] -= 1
+            self._ids.drop([original])
             self._write_table(row, passed + keep - 1, blocks[keep - 1 : keep])
         before = self._lengths[row]
         self._blocks[row], self._lengths[row] = blocks[:keep], length
         self._release(blocks[keep:])
-        if inside and self.layout.chains_outliers:
-            spill_chains.crop(self.layers, blocks[keep - 1], inside, self.layout.head_dim)
-        if inside and self._orders_values and length + self.layout.block_size - inside <= before:
-            value_order.reopen(self.tensors, blocks[keep - 1], self.layout.head_dim)
+        if inside:
+            self.storage.crop_block(blocks[keep - 1], inside)
+            if self._orders_values and length + self.layout.block_size - inside <= before:
+                value_order.reopen(self.tensors, blocks[keep - 1], self.layout.head_dim)
 
     def check_crop(self, row: int, length: int) -> None:
         """Raise what :meth:`crop` would raise for a length it refuses.
@@ -267,7 +208,49 @@ class BlockPool:
                 f"{self.window} tokens are given back; free the sequence and append its text again"
             )
 
+    def check_select(self, rows: Sequence[int], chosen: Sequence[int]) -> None:
+        """Raise if there is no room to continue ``chosen`` in place of ``rows``: drop some, then fork others.
+
+        Args:
+            rows: sequences, distinct.
+            chosen: some of them; one that is named again is to be forked.
+
+        Raises:
+            PoolExhausted: rows, blocks or spill chunks do not suffice for the forks; nothing has changed.
+        """
+        self.rollback()
+        if len(self._blocks) - len(rows) + len(chosen) > self.max_sequences:
+            raise PoolExhausted(_too_many(self.max_sequences))
+        freed = self._ids.freed_by(block for row in set(rows) - set(chosen) for block in self._blocks[row])
+        copied = [
+            self._blocks[row][-1]
+            for row, times in collections.Counter(chosen).items()
+            if self._lengths[row] % self.layout.block_size
+            for _ in range(times - 1)
+        ]
+        self._ids.check(len(copied), freed=len(freed))
+        chunks = self.storage.chunks_of(copied) - self.storage.chunks_of(freed)
+        if copied and bool((chunks > self.spill_top[:, 0]).any()):
+            raise PoolExhausted(_NO_CHUNK)
+
     # ---- one forward call ------------------------------------------------------------------------------------
+
+    def blocks_to_grow(self, row: int | None, new_tokens: int, *, call_tokens: int | None = None) -> int:
+        """Blocks that a sequence needs beyond those it holds to take more tokens.
+
+        Args:
+            row: the sequence; None: one that is not open yet.
+            new_tokens: tokens to come.
+            call_tokens: they come in calls of at most so many tokens, between which a window gives blocks back;
+                None: in one call.
+        """
+        past, passed, held = 0, 0, 0
+        if row is not None:
+            past, passed, held = self._lengths[row], self._passed[row], len(self._blocks[row])
+        wanted = self.layout.blocks_for(past + new_tokens) - passed
+        if self.window is not None and call_tokens is not None:
+            wanted = min(wanted, self.layout.blocks_in_window(self.window, min(new_tokens, call_tokens)))
+        return max(0, wanted - held)
 
     def reserve(self, rows: Sequence[int], lengths: Sequence[int]) -> RaggedStep:
         """Set blocks aside for new tokens of some sequences and say where each token goes.
@@ -285,12 +268,8 @@ class BlockPool:
         if len(set(rows)) != len(rows):
             raise ValueError(f"a call may name each sequence once, got {list(rows)}")
         past = [self._lengths[row] for row in rows]
-        needed = [
-            self.layout.blocks_for(p + n) - self._passed[row] - len(self._blocks[row])
-            for row, p, n in zip(rows, past, lengths, strict=True)
-        ]
-        if sum(needed) > len(self._free_blocks):
-            raise PoolExhausted(_exhausted(sum(needed), len(self._free_blocks), self.num_blocks))
+        needed = [self.blocks_to_grow(row, n) for row, n in zip(rows, lengths, strict=True)]
+        self._ids.check(sum(needed))
         columns = self.block_table.shape[1]
         for p, n in zip(past, lengths, strict=True):
             if self.layout.blocks_for(p + n) > columns:
@@ -312,9 +291,7 @@ class BlockPool:
         )
         fresh: list[int] = []
         for row, count in zip(rows, needed, strict=True):
-            taken = [self._free_blocks.popleft() for _ in range(count)]
-            for block in taken:
-                self._references[block] = 1
+            taken = self._ids.take(count)
             self._pending.new_blocks[row] = taken
             self._write_table(row, self._passed[row] + len(self._blocks[row]), taken)
             self._blocks[row].extend(taken)
@@ -345,15 +322,10 @@ class BlockPool:
             NonFiniteActivations: a key or value was NaN, infinite or too large for its 16-bit storage.
             PoolExhausted: outlier chunks ran out. In both cases the call is rolled back first.
         """
-        errors = self.error.tolist()
-        found = [
-            (layer, kind, channel)
-            for layer, (kind, channel) in zip(self.layer_numbers, errors, strict=True)
-            if kind
-        ]
-        if found:
+        error = self.storage.first_error(self.layer_numbers)
+        if error is not None:
             self.rollback()
-            raise _as_exception(*found[0], self.layout)
+            raise error
 
     def advance(self) -> None:
         """Make the pending call's tokens part of their sequences; apart from :meth:`check` for several pools."""
@@ -383,24 +355,21 @@ class BlockPool:
         # Backwards, so that the free list is as it was, in order too.
         for row, taken in reversed(pending.new_blocks.items()):
             del self._blocks[row][len(self._blocks[row]) - len(taken) :]
-            for block in reversed(taken):
-                self._references[block] = 0
-                self._free_blocks.appendleft(block)
+            self._ids.put_back(taken)
 
     # ---- bytes -----------------------------------------------------------------------------------------------
 
     @property
     def bytes_total(self) -> int:
         """Bytes of every tensor of the pool."""
-        everything = [*self.tensors.values(), self.block_table, self.spill_top, self.error]
-        return sum(t.untyped_storage().nbytes() for t in everything)
+        return self.storage.nbytes + self.block_table.untyped_storage().nbytes()
 
     @property
     def bytes_free(self) -> int:
         """Bytes of free blocks, free spill chunks and sink buffers of free rows (waits for the device)."""
-        chunks = int(self.spill_top.sum()) * self.layout.chunk_bytes
-        sinks = sum(self.tensors[name].nbytes for name in self.layout.row_shapes()) // self.max_sequences
-        return len(self._free_blocks) * self.layout.block_bytes + chunks + len(self._free_rows) * sinks
+        blocks = len(self._ids.free) * self.layout.block_bytes
+        sinks = len(self._free_rows) * self.layout.sequence_bytes
+        return blocks + self.storage.free_chunk_bytes + sinks
 
     @property
     def bytes_held(self) -> int:
@@ -432,48 +401,16 @@ class BlockPool:
 
     def _release(self, blocks: list[int]) -> None:
         """Drop one reference to each block; unreferenced ones and their spill chunks become free."""
-        freed = []
-        for block in blocks:
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                freed.append(block)
-        if freed and self.layout.chains_outliers:
-            spill_chains.release(self.layers, freed)
-        self._free_blocks.extend(freed)
+        self.storage.release_blocks(self._ids.drop(blocks))
 
     def _copy_block(self, source: int) -> int:
         """Copy a block with its spill chunks into a fresh one, which gets one reference."""
-        if not self._free_blocks:
-            raise PoolExhausted(_exhausted(1, 0, self.num_blocks))
-        target = self._free_blocks.popleft()
-        self._references[target] = 1
-        for name in self.layout.block_shapes():
-            self.tensors[name][:, target] = self.tensors[name][:, source]
-        if self.layout.chains_outliers and not spill_chains.copy(self.layers, source, target):
-            self.tensors["key_outlier_count"][:, target] = 0
-            self._references[target] = 0
-            self._free_blocks.appendleft(target)
-            raise PoolExhausted(
-                "no spill chunk is left for a copy of an open block; raise cache.spill_headroom"
-            )
+        (target,) = taken = self._ids.take(1)
+        if not self.storage.copy_block(source, target):
+            self._ids.put_back(taken)
+            raise PoolExhausted(_NO_CHUNK)
         return target
 
 
-def _exhausted(needed: int, free: int, total: int) -> str:
-    return (
-        f"the block pool needs {needed} more blocks and has {free} of {total} free ({needed - free} missing); "
-        "raise cache.num_blocks or cache.memory_budget_gib"
-    )
-
-
-def _as_exception(layer: int, kind: int, channel: int, layout: BlockLayout) -> Exception:
-    if kind == ERROR_OUT_OF_SPILL:
-        return PoolExhausted(
-            f"layer {layer} has more key outliers than its spill chunks hold; raise cache.spill_headroom "
-            f"(now {layout.spill_headroom}) or recalibrate on text like this"
-        )
-    side = "value" if kind == ERROR_VALUE_NOT_FINITE else "key"
-    return NonFiniteActivations(
-        f"{side} activations must be finite and fit 16 bits, got NaN, infinity or more than the stored type holds in "
-        f"layer {layer}, channel {channel} (head {channel // layout.head_dim}); check the model's dtype"
-    )
+def _too_many(most: int) -> str:
+    return f"the pool holds at most {most} sequences and all are in use; free one or raise max_sequences"

@@ -584,6 +584,42 @@ class SlurmCheckTask(TaskConfig):
         require(minutes is None or minutes > 0, "task.minutes_per_point", "above 0, or null", minutes, "null")
 
 
+@dataclass
+class ServeTraceTask(TaskConfig):
+    """Replay requests through continuous batching at one memory budget, quantized and not."""
+
+    name: str = "serve_trace"
+    num_requests: int = 64
+    memory_budget_gib: float = 2**-7
+    max_sequences: int = 64
+    step_tokens: int = 512
+    spare_fraction: float = 0.02
+    time_scale: float = 0.0
+    mean_gap_s: float = 0.181
+    generated_quantiles: list[int] = field(default_factory=list)
+    figures: bool = True
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """A step must have a token for every sequence; lengths and times must be possible."""
+        require(task.num_requests >= 1, "task.num_requests", "1 or more", task.num_requests, "64")
+        budget = task.memory_budget_gib
+        require(budget > 0, "task.memory_budget_gib", "above 0", budget, "0.0078125")
+        require(task.max_sequences >= 1, "task.max_sequences", "1 or more", task.max_sequences, "64")
+        most = task.max_sequences
+        enough = task.step_tokens >= most
+        require(
+            enough, "task.step_tokens", f"at least task.max_sequences={most}", task.step_tokens, str(most)
+        )
+        spare = task.spare_fraction
+        require(0 <= spare < 1, "task.spare_fraction", "at least 0 and below 1", spare, "0.02")
+        require(task.time_scale >= 0, "task.time_scale", "0 or more", task.time_scale, "1.0")
+        require(task.mean_gap_s >= 0, "task.mean_gap_s", "0 or more", task.mean_gap_s, "0.181")
+        lengths = list(task.generated_quantiles)
+        growing = bool(lengths) and lengths == sorted(lengths) and lengths[0] >= 1
+        require(growing, "task.generated_quantiles", "growing from 1", lengths, "[54,601]")
+
+
 # --- Further tasks go here: a dataclass <Name>Task(TaskConfig) with `name: str = "<name>"` and, for its ranges, a
 # --- `check`; beside it conf/task/<name>.yaml starting with `defaults: [_<name>, _self_]`. Nothing else needs to
 # --- change: every subclass of TaskConfig is registered below.

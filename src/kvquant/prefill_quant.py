@@ -29,8 +29,8 @@ class PrefillQuantizedAttention:
         block_size: tokens per block of the pool.
         softmax_scale: factor of the scores.
         prefill_reads: ``quantized``: every key and value a query sees, its own included, is the dequantized one;
-            ``exact``: this call's own are exact, earlier calls' quantized. A call of one token per sequence
-            (decode) always reads quantized.
+            ``exact``: this call's own are exact, earlier calls' quantized. A sequence that brings one token
+            (decode) always reads quantized, whatever the others of its call do.
         window: sliding window in tokens, or None.
         softcap: tanh cap of the scores, or None.
         backend: name of the kernels.

@@ -41,6 +41,12 @@ def _push(store: KeyStore, chunks: Tensor) -> None:
     store.spill_top.add_(chunks.numel())
 
 
+def count(layers: Sequence[LayerStore], blocks: Sequence[int]) -> Tensor:
+    """How many spill chunks each layer keeps behind some blocks, int64 [L]."""
+    ids = list(blocks)
+    return torch.stack([_chain_lengths(s, s.outlier_count[ids]).sum() for s in _key_stores(layers)]).long()
+
+
 def release(layers: Sequence[LayerStore], blocks: list[int]) -> None:
     """Return all spill chunks of some blocks to the free stacks."""
     for store in _key_stores(layers):

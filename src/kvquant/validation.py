@@ -209,6 +209,12 @@ def _check_task(cfg: Any) -> None:
             f"quant.method must keep blocks with task={cfg.task.name}, got hf_quantized, which has a cache of its own; try "
             "task=perplexity or task=compare"
         )
+    if cfg.task.name == "serve_trace":
+        for key in ("num_blocks", "memory_budget_gib"):
+            constraint = "null with task=serve_trace (both caches get the same bytes)"
+            require(
+                cfg.cache[key] is None, f"cache.{key}", constraint, cfg.cache[key], "task.memory_budget_gib"
+            )
     if cfg.task.name in QUALITY_TASKS and cfg.cache.prefill_reads == "exact":
         raise ConfigError(
             f"cache.prefill_reads must be quantized with task={cfg.task.name}, got exact, which would show no "

@@ -264,7 +264,7 @@ def attend(
             count = min(sinks[0].shape[1], length)
             keys[:, :count] = sinks[0][s, :count].transpose(0, 1).float()
             values[:, :count] = sinks[1][s, :count].transpose(0, 1).float()
-        if exact is not None:
+        if exact is not None and new > 1:
             keys[:, past:] = exact[0][start : start + new].transpose(0, 1).float()
             values[:, past:] = exact[1][start : start + new].transpose(0, 1).float()
         if rope is not None:

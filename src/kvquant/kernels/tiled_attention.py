@@ -31,7 +31,7 @@ class _Step(NamedTuple):
     item_sequence: Tensor  # [I] index into ``sequences``
     has_unwritten: bool  # whether some sequence ends inside the tile
     has_passed: bool  # whether some sequence's window begins inside the tile
-    is_own: bool  # whether all that is written in the tile was written by this call
+    is_own: bool  # whether all that is written in the tile belongs to prompts of this call
 
 
 class _Schedule(NamedTuple):
@@ -80,7 +80,7 @@ def _schedule(
             torch.tensor([where[items[i][0]] for i in active]).to(device),
             min(past[s] + lengths[s] for s in present) <= hi,
             window is not None and max(past[s] for s in present) - window >= lo,
-            max(past[s] for s in present) <= lo,
+            max(past[s] for s in present) <= lo and min(lengths[s] for s in present) > 1,
         )
         steps.append((k, step))
     return _Schedule(
@@ -234,7 +234,10 @@ def _overlay_exact(
     sequences: Tensor,
     position: Tensor,
 ) -> None:
-    """Replace the call's own tokens in a tile by the exact keys and values they came from."""
+    """Replace the tokens of prompts in a tile by the exact keys and values they came from.
+
+    A sequence with one new token decodes, whatever the others of the call do: it reads its own token as stored.
+    """
     token, own = _own_tokens(plan, sequences, position)
     for tile, new in ((keys, exact[0]), (values, exact[1])):
         chosen = new[token].transpose(1, 2).to(tile.dtype)  # [S, H, KT, D]
@@ -244,5 +247,6 @@ def _overlay_exact(
 def _own_tokens(plan: _Schedule, sequences: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the call's tokens stands at each position [KT] of some sequences, and whether one does; [S, KT] each."""
     past = plan.past[sequences][:, None]
-    own = (position >= past) & (position < plan.kv_lengths[sequences][:, None])
+    end = plan.kv_lengths[sequences][:, None]
+    own = (position >= past) & (position < end) & (end - past > 1)
     return torch.where(own, plan.first_token[sequences][:, None] + position - past, 0), own

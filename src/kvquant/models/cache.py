@@ -1,9 +1,9 @@
-"""A transformers cache whose keys and values live in our block pools: verbs, allocation, and one forward call."""
+"""A transformers cache whose keys and values live in our block pools: its verbs, and what it holds."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,15 +14,15 @@ from transformers import Cache, PreTrainedModel
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_pool import BlockPool
 from kvquant.errors import DataError, ModelError, PoolExhausted
-from kvquant.kernels import Rope
 from kvquant.measure import Stopwatch
-from kvquant.models.attention_hook import attention_modules, rotate
+from kvquant.models.attention_hook import attention_modules
 from kvquant.models.counting_layer import CountingLayer
+from kvquant.models.devices import input_device, layer_devices
+from kvquant.models.forward_call import CachedLayer, CallTokens, ForwardCall, check_lengths, padded_tokens
 from kvquant.models.loading import ModelShape
 from kvquant.models.pools import PoolSize, allocate_pools, group_layers
-from kvquant.models.rotary import CallRope, call_rope, check_rope_switch, rope_switch, rope_type_of
-from kvquant.prefill_quant import PrefillQuantizedAttention, blocks_per_tile
-from kvquant.ragged import RaggedStep, cumulative_lengths
+from kvquant.models.rotary import check_rope_switch, rope_switch, rope_type_of
+from kvquant.ragged import cumulative_lengths
 
 
 class QuantizedCache(Cache):
@@ -52,6 +52,7 @@ class QuantizedCache(Cache):
         backend: str,
         max_length: int,
         rope_length: int | None,
+        call_tokens: int | None,
     ) -> None:
         super().__init__(
             layers=[CountingLayer(self.get_num_columns, self.check_in_call) for _ in range(shape.num_layers)]
@@ -60,26 +61,38 @@ class QuantizedCache(Cache):
         self.rows: list[int] = []
         self.stopwatch: Stopwatch | None = None
         self.when_asked: Callable[[QuantizedCache], None] | None = None
-        self._model, self._quantizers, self._shape = model, quantizers, shape
-        self._block_size, self._max_length, self._max_sequences = block_size, max_length, max_sequences
-        self._size = PoolSize(num_blocks, memory_budget_gib, max_length)
-        self._prefill_reads, self._backend, self._rope_length = prefill_reads, backend, rope_length
+        self._model, self._shape = model, shape
+        self._num_blocks, self._memory_budget_gib, self._call_tokens = (
+            num_blocks,
+            memory_budget_gib,
+            call_tokens,
+        )
+        self._max_length, self._max_sequences, self._rope_length = max_length, max_sequences, rope_length
+        self._prefill_reads, self._backend = prefill_reads, backend
         self._pools: list[BlockPool] = []
-        self._steps: list[RaggedStep] = []
-        self._token_index: Tensor | None = None
-        self._packed: tuple[list[int], list[int]] | None = None
-        self._ropes: dict[str | None, CallRope] = {}
+        self._packed: CallTokens | None = None
+        self._call: ForwardCall | None = None
+        devices = layer_devices(model)
         self._groups = group_layers(
-            quantizers, shape, dtype=model.dtype, block_size=block_size, spill_headroom=spill_headroom
+            quantizers,
+            shape,
+            devices,
+            dtype=model.dtype,
+            block_size=block_size,
+            spill_headroom=spill_headroom,
         )
         place = {
             layer: (pool, inner)
             for pool, group in enumerate(self._groups)
             for inner, layer in enumerate(group.layers)
         }
-        self._place = [place[layer] for layer in range(shape.num_layers)]  # layer -> (pool, index within it)
         rotary = model.get_decoder().rotary_emb
-        self._rope_types = [rope_type_of(module, rotary) for module in attention_modules(model)]
+        self._layers = [
+            CachedLayer(*place[layer], shape.windows[layer], rope_type_of(module, rotary), device, quantizer)
+            for layer, (module, device, quantizer) in enumerate(
+                zip(attention_modules(model), devices, quantizers, strict=True)
+            )
+        ]
         self._rope_switch = rope_switch(rotary)
         if num_blocks is not None or memory_budget_gib is not None:
             self._allocate(max_sequences or 64)
@@ -109,12 +122,13 @@ class QuantizedCache(Cache):
             DataError: an empty prompt, or more tokens than the model's context.
             PoolExhausted: the pool has no room; everything stored is intact.
         """
-        device = next(self._model.parameters()).device
+        device = input_device(self._model)
         ids = [torch.as_tensor(p, dtype=torch.int64).flatten().to(device) for p in prompts]
         lengths = [len(p) for p in ids]
-        _check_prompts(lengths)
+        check_lengths(lengths)
+        opened = self.open(len(ids)) if rows is None and not self.rows else []
         if rows is None:
-            rows = self.rows if self.rows else self.open(len(ids))
+            rows = self.rows
         if len(rows) != len(ids):
             raise DataError(
                 f"one prompt per sequence is needed, got {len(ids)} prompts for {len(rows)} sequences"
@@ -125,8 +139,8 @@ class QuantizedCache(Cache):
         last_tokens = 1 if isinstance(logits, str) else logits
         last = torch.tensor(cumulative_lengths(lengths)[1:], device=device)[:, None] - last_tokens
         last = (last + torch.arange(last_tokens, device=device)).flatten()
-        self._packed = (list(rows), lengths)
-        self._token_index = None
+        # As wide as the same call padded: generate() then finds its new tokens behind.
+        self._packed = CallTokens(list(rows), lengths, max(lengths), None)
         try:
             out = self._model(
                 input_ids=torch.cat(ids)[None],
@@ -135,6 +149,10 @@ class QuantizedCache(Cache):
                 use_cache=True,
                 logits_to_keep=0 if logits == "all" else last,
             )
+        except BaseException:
+            for row in opened:  # refused whole, or not at all
+                self.free(row)
+            raise
         finally:
             self._packed = None
         return out.logits[0]
@@ -204,7 +222,7 @@ class QuantizedCache(Cache):
         """Continue with sequence ``beam_idx[i]`` of the batch in place i, as beam search asks; int64 [B].
 
         Raises:
-            PoolExhausted: no block is left for the copy of an open one; the sequences chosen first are intact.
+            PoolExhausted: no block is left for the copy of an open one; nothing has changed.
         """
         self._select(beam_idx.tolist())
 
@@ -217,13 +235,16 @@ class QuantizedCache(Cache):
         """Fork every sequence so that it stands ``repeats`` times in a row in the batch.
 
         Raises:
-            PoolExhausted: ``max_sequences`` or the blocks do not suffice.
+            PoolExhausted: ``max_sequences`` or the blocks do not suffice; nothing has changed.
         """
         self._select([place for place in range(len(self.rows)) for _ in range(repeats)])
 
     def _select(self, places: list[int]) -> None:
         """Let the batch be these of its present sequences; a sequence chosen again is forked."""
         before = list(self.rows)
+        chosen = [before[place] for place in places]
+        for pool in self._pools:
+            pool.check_select(before, chosen)
         for place in set(range(len(before))) - set(places):
             self.free(before[place])  # first, so that rows and blocks suffice for the forks
         seen: set[int] = set()
@@ -242,6 +263,29 @@ class QuantizedCache(Cache):
     def length(self, row: int) -> int:
         """Tokens stored for a sequence."""
         return self._pools[0].length(row)
+
+    def has_room(
+        self,
+        claims: Sequence[tuple[int | None, int]],
+        *,
+        in_steps: bool = False,
+        spare_fraction: float = 0.0,
+    ) -> bool:
+        """Whether sequences could take so many new tokens each; outlier chunks are not foreseen.
+
+        Args:
+            claims: (row, new tokens); a row of None is a sequence yet to be opened.
+            in_steps: the tokens may come in several calls of ``call_tokens``, not all in one.
+            spare_fraction: share of each pool's blocks that must stay free.
+        """
+        opened = sum(row is None for row, _ in claims)
+        call_tokens = self._call_tokens if in_steps else None
+        for pool in self._pools:
+            needed = sum(pool.blocks_to_grow(row, n, call_tokens=call_tokens) for row, n in claims)
+            spare = math.ceil(spare_fraction * pool.num_blocks)
+            if needed + spare > pool.blocks_free or len(self.rows) + opened > pool.max_sequences:
+                return False
+        return True
 
     def reset(self) -> None:
         """Forget every sequence; the pool stays."""
@@ -288,8 +332,10 @@ class QuantizedCache(Cache):
         return self._pools
 
     def _allocate(self, max_sequences: int) -> None:
-        device = next(self._model.parameters()).device
-        self._pools = allocate_pools(self._groups, self._size, max_sequences, device)
+        size = PoolSize(
+            self._num_blocks, self._memory_budget_gib, self._max_length, max_sequences, self._call_tokens
+        )
+        self._pools = allocate_pools(self._groups, size)
 
     # ---- one forward call ------------------------------------------------------------------------------------
 
@@ -300,54 +346,29 @@ class QuantizedCache(Cache):
             DataError: no token at all, one beyond the context, or a mix that a long rope cannot turn.
             PoolExhausted: no room; everything stored is intact.
         """
-        rows, lengths = self._packed or self._padded_rows(batch, columns, attention_mask)
-        _check_prompts(lengths)
-        past = [self.length(row) for row in rows]
-        longest = max(p + n for p, n in zip(past, lengths, strict=True))
+        if self._packed is None and not self.rows:
+            self.open(batch)
+        tokens = self._packed or padded_tokens(self.rows, batch, columns, attention_mask)
+        check_lengths(tokens.lengths)
+        past = [self.length(row) for row in tokens.rows]
+        longest = max(p + n for p, n in zip(past, tokens.lengths, strict=True))
         if longest > self._max_length:
             raise DataError(
                 f"a sequence may hold {self._max_length} tokens (the model's context), got {longest}; "
                 "shorten the prompt or raise model.max_length"
             )
+        if self._call_tokens is not None and sum(tokens.lengths) > self._call_tokens:
+            raise DataError(
+                f"one call may bring {self._call_tokens} new tokens (call_tokens), got {sum(tokens.lengths)}; "
+                "append in chunks or raise call_tokens"
+            )
         if self._rope_length is not None and longest > self._rope_length:
             raise DataError(f"rope_length must be at least {longest} (a sequence), got {self._rope_length}")
         if self._rope_switch is not None and self._rope_length is None:
             # A padded batch follows its longest sequence, as the model itself does.
-            whole = (past, lengths) if self._packed else ([max(past)], [longest - max(past)])
+            whole = (past, tokens.lengths) if self._packed else ([max(past)], [longest - max(past)])
             check_rope_switch(self._rope_switch, *whole)
-        self._steps = []
-        try:
-            for pool in self._pools:
-                self._steps.append(pool.reserve(rows, lengths))
-        except PoolExhausted:
-            self.abandon()
-            raise
-        self._ropes = {
-            kind: call_rope(
-                rotary,
-                kind,
-                self._steps[0].positions,
-                longest=longest,
-                rope_length=self._rope_length or longest,
-                tile=blocks_per_tile(self._block_size) * self._block_size,
-            )
-            for kind in dict.fromkeys(self._rope_types)
-        }
-        # A packed call is as wide as the same one padded: generate() then finds its new tokens behind.
-        self._columns = max(lengths) if self._packed else columns
-
-    def _padded_rows(self, batch: int, columns: int, mask: Tensor | None) -> tuple[list[int], list[int]]:
-        """Rows with new tokens in a padded batch, and how many each has; remembers where the tokens stand."""
-        if not self.rows:
-            self.open(batch)
-        if len(self.rows) != batch:
-            raise DataError(
-                f"the cache holds {len(self.rows)} sequences and the batch {batch}; pass a fresh kv.new_cache()"
-            )
-        lengths, self._token_index = _valid_tokens(batch, columns, mask)
-        # A chunk of a left-padded batch may hold nothing but padding of a short sequence.
-        present = [(row, n) for row, n in zip(self.rows, lengths, strict=True) if n]
-        return [row for row, _ in present], [n for _, n in present]
+        self._call = ForwardCall.reserve(tokens, self._layers, self._pools, rotary, self._rope_length)
 
     def finish(self) -> None:
         """Make the call's tokens part of their sequences.
@@ -356,31 +377,27 @@ class QuantizedCache(Cache):
             NonFiniteActivations: NaN, infinity or overflow in a key or value.
             PoolExhausted: outlier chunks ran out. Nothing of the call is kept in either case.
         """
-        try:
-            # All are asked before any advances: a call is kept whole or not at all.
-            for pool in self._pools:
-                pool.check()
-            for pool in self._pools:
-                pool.advance()
-        except Exception:
-            self.abandon()
-            raise
-        self._steps = []
-        self.num_columns += self._columns
+        call, self._call = self._running(), None
+        call.commit()
+        self.num_columns += call.tokens.columns
 
     def abandon(self) -> None:
         """Undo the reservations of a call that failed."""
-        for pool in self._pools:
-            pool.rollback()
-        self._steps = []
+        if self._call is not None:
+            self._call.rollback()
+        self._call = None
 
     def check_in_call(self) -> None:
         """Raise a ModelError unless :meth:`begin` has laid out the forward call that is running."""
-        if not self._steps:
+        self._running()
+
+    def _running(self) -> ForwardCall:
+        if self._call is None:
             raise ModelError(
                 "a quantized cache works only inside `with quantized_kv_cache(model, ...)` of its own model; "
                 "enter the context again"
             )
+        return self._call
 
     def attend(
         self,
@@ -388,61 +405,21 @@ class QuantizedCache(Cache):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
+        *,
         scaling: float,
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
         """Store one layer's new keys and values and attend; [B, heads, S, D] in, [B, S, Hq, D] out."""
-        self.check_in_call()
-        assert window == self._groups[self._place[layer][0]].window, "the window is the module's own"
-        B, Hq, S, D = query.shape
-        pool_index, inner = self._place[layer]
-        step = self._steps[pool_index]
-        q, k, v = (x.transpose(1, 2).reshape(B * S, -1, D) for x in (query, keys, values))
-        if self._token_index is not None:
-            q, k, v = q[self._token_index], k[self._token_index], v[self._token_index]
-        tables, cos, sin = self._ropes[self._rope_types[layer]]
-        rope: Rope | None = tables
-        attention = PrefillQuantizedAttention(
-            self._quantizers[layer],
-            self._block_size,
-            scaling,
-            prefill_reads=self._prefill_reads,
-            window=window,
+        assert window == self._layers[layer].window, "the window is the module's own"
+        return self._running().attend(
+            layer,
+            query,
+            keys,
+            values,
+            scaling=scaling,
             softcap=softcap,
+            prefill_reads=self._prefill_reads,
             backend=self._backend,
+            stopwatch=self.stopwatch,
         )
-        # fp32 tables and products: the query's rotation must match the keys', which happens tile by tile in fp32.
-        turned = rotate(q.float(), cos[:, None], sin[:, None])
-        quantizer = self._quantizers[layer]
-        if quantizer.keys_after_rope:
-            k, rope = rotate(k.float(), cos[:, None], sin[:, None]), None
-        k, turned = quantizer.turn_keys(k), quantizer.turn_query(turned)
-        store = self._pools[pool_index].layers[inner]
-        with contextlib.nullcontext() if self.stopwatch is None else self.stopwatch:
-            attention.store(k, v, store, step)
-        out = attention.attend(turned, k, v, store, step, rope).to(query.dtype)
-        if self._token_index is not None:
-            padded = out.new_zeros(B * S, Hq, D)
-            padded[self._token_index] = out
-            out = padded
-        return out.view(B, S, Hq, D)
-
-
-def _valid_tokens(batch: int, columns: int, mask: Tensor | None) -> tuple[list[int], Tensor | None]:
-    """Lengths of the new tokens of a padded batch, and their flat indices (None: there is no padding)."""
-    if mask is None:
-        return [columns] * batch, None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise DataError(f"attention_mask must be [batch, tokens], got {got}; pass the tokenizer's own mask")
-    valid = mask[:, -columns:].bool()
-    lengths = valid.sum(1).tolist()
-    if min(lengths) == columns:
-        return lengths, None
-    return lengths, valid.flatten().nonzero().flatten()
-
-
-def _check_prompts(lengths: Sequence[int]) -> None:
-    if not lengths or min(lengths) < 1:
-        raise DataError("every prompt must hold at least 1 token, got 0; drop empty prompts")

@@ -14,6 +14,7 @@ from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.errors import ModelError
 from kvquant.models.attention_hook import forward_hooks, replaced_attention
 from kvquant.models.cache import QuantizedCache
+from kvquant.models.devices import layer_devices
 from kvquant.models.loading import ModelShape, model_shape
 from kvquant.models.rotary import rope_switch
 
@@ -38,7 +39,8 @@ class KVHandle:
             settings: any of ``num_blocks``, ``memory_budget_gib``, ``max_sequences``, ``block_size``,
                 ``prefill_reads``, ``backend``, ``spill_headroom``, ``max_length``, ``rope_length`` (tokens at which
                 rotary frequencies that depend on the length are taken; without it, that of each call's longest
-                sequence). Without a size, the first call allocates for its sequences at the model's full context.
+                sequence), ``call_tokens`` (the most new tokens of one call, all sequences together; layers with a
+                sliding window then get only the blocks that their windows need). Without a size, the first call allocates for its sequences at the model's full context.
 
         Raises:
             PoolExhausted: the size asked for does not fit the memory; says what would.
@@ -53,6 +55,7 @@ class KVHandle:
             "backend": "auto",
             "max_length": self.shape.max_length,
             "rope_length": None,
+            "call_tokens": None,
         }
         unknown = set(settings) - set(known)
         if unknown:
@@ -89,7 +92,7 @@ def quantized_kv_cache(model: PreTrainedModel, calibration: Any, **defaults: Any
         defaults: settings for every :meth:`KVHandle.new_cache`.
 
     Raises:
-        ModelError: the family is not supported, or the calibration has other layers or heads.
+        ModelError: the family is not supported, the calibration has other layers or heads, or layers are offloaded.
     """
     quantizers = getattr(calibration, "quantizers", calibration)
     shape = model_shape(model)
@@ -99,14 +102,7 @@ def quantized_kv_cache(model: PreTrainedModel, calibration: Any, **defaults: Any
             f"the calibration must be for {shape.num_layers} layers of {shape.num_kv_heads} heads x {shape.head_dim}, "
             f"got {len(found)} layers of {found[0] if found else 'nothing'}; calibrate this model"
         )
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1:
-        raise ModelError(
-            f"the model must lie on one device, got {', '.join(sorted(map(str, devices)))}; load it with a device_map "
-            "that names one"
-        )
-    (device,) = devices
-    quantizers = [q.to(device) for q in quantizers]
+    quantizers = [q.to(device) for q, device in zip(quantizers, layer_devices(model), strict=True)]
     handle = KVHandle(model, quantizers, shape, defaults)
     decoder: Any = model.get_decoder()
 
@@ -144,9 +140,9 @@ def quantized_kv_cache(model: PreTrainedModel, calibration: Any, **defaults: Any
             query,
             keys,
             values,
-            scaling,
-            kwargs.get("sliding_window"),
-            kwargs.get("softcap"),
+            scaling=scaling,
+            window=kwargs.get("sliding_window"),
+            softcap=kwargs.get("softcap"),
         )
 
     with replaced_attention(model, attend), forward_hooks([decoder], before=before, after=after):

@@ -23,6 +23,14 @@ class CallRope(NamedTuple):
     query_cos: Tensor  # [T, R] fp32, of every new token
     query_sin: Tensor  # [T, R]
 
+    def to(self, device: torch.device) -> CallRope:
+        """The same tables on another device."""
+        return CallRope(
+            Rope(*(table.to(device) for table in self.keys)),
+            self.query_cos.to(device),
+            self.query_sin.to(device),
+        )
+
 
 def rope_type_of(module: Any, rotary: Any) -> str | None:
     """Layer type by which an attention module chooses among the tables of ``rotary``; None if there is one set."""
@@ -49,7 +57,8 @@ def call_rope(
         # only fill up a tile.
         at = torch.cat([at.clamp(max=rope_length - 1), at.new_tensor([rope_length - 1])])
         cos, sin = rotary(torch.empty(0, device=device), at[None], *([layer_type] if layer_type else []))
-        return cos[0, :-1], sin[0, :-1]
+        # Back from where a device_map has put the embedding.
+        return cos[0, :-1].to(device), sin[0, :-1].to(device)
 
     query_cos, query_sin = tables(positions)
     cos, sin = tables(torch.arange(tile, device=device))
