@@ -128,6 +128,25 @@ def test_one_sequence_decodes_while_another_prefills(quantizer: BatchedKVQuantiz
     assert_same(out[1:], softmax_attention(query[1:], keys[1:], values[1:]))
 
 
+def test_a_decoding_sequence_reads_the_same_whoever_prefills_beside_it() -> None:
+    """So too where each query reads its own mix of exact and quantized tokens."""
+    calibration = draw(400, 20, H), draw(400, 21, H)
+    spec = QuantSpec(bits=2, logit_bias=True)
+    quantizer = BatchedKVQuantizer.calibrate(spec, *calibration)
+    history = draw(33, 7, H), draw(33, 8, H)
+    query, keys, values = draw(41, 1, H * G), draw(41, 2, H), draw(41, 3, H)
+    outs = []
+    for lengths in ([1], [1, 40]):
+        pool, rows = pool_for(quantizer)
+        quantizer.write(*history, pool.layers[0], pool.reserve(rows[:1], [33]))
+        pool.commit()
+        step = pool.reserve(rows[: len(lengths)], lengths)
+        n = sum(lengths)
+        call = query[:n], keys[:n], values[:n], pool.layers[0], step, None
+        outs.append(attention(quantizer, "exact")(*call)[:1])
+    assert_same(outs[1], outs[0])
+
+
 @pytest.mark.parametrize(
     "settings", [{"window": 20}, {"softcap": 0.5}, {"window": 3, "softcap": 1.0}], ids=str
 )

@@ -48,7 +48,8 @@ def attend_mixed(
         recent: exact last tokens that earlier calls left, or None.
         recent_start: first position that each query reads exactly, of keys and of values, int64 [T] each.
         key_noise: variance of quantized keys, [H, D]: half of what it adds to a logit is subtracted; or None.
-        own_exact: whether the call's own tokens are exact for every query (``prefill_reads=exact``).
+        own_exact: whether tokens of prompts, several new ones in a sequence, are exact for every query of the call
+            (``prefill_reads=exact``).
         block_size: tokens in a block.
         blocks_per_tile: blocks dequantized at once.
         softmax_scale: factor of the scores.
@@ -69,7 +70,7 @@ def attend_mixed(
     for b, (past, length) in enumerate(zip(step.past, step.lengths, strict=True)):
         tokens = slice(starts[b], starts[b + 1])
         first_exact = [start[tokens] for start in recent_start]
-        if own_exact:
+        if own_exact and length > 1:
             first_exact = [start.clamp(max=past) for start in first_exact]
         q = (query[tokens].float() * softmax_scale).view(length, H, Hq // H, D)
         at = step.positions[tokens]
