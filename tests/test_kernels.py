@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvquant import kernels
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
@@ -84,6 +85,15 @@ def test_backends_take_the_same_arguments(operation):
 def test_other_backends_are_refused(name, message):
     with pytest.raises(ValueError, match=f"{message}.* try auto|{message}.*kernel=pytorch_fused"):
         get_backend(name)
+
+
+def test_an_old_triton_is_refused_and_auto_does_without(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.2.0")
+    kernels.triton_refusal.cache_clear()
+    with pytest.raises(ValueError, match=r"needs triton 3.6 or later, got 3.2.0; try kernel=pytorch_fused"):
+        get_backend("triton", "cuda")
+    assert get_backend("auto", "cuda").__name__.endswith("pytorch_fused")
+    kernels.triton_refusal.cache_clear()
 
 
 # -- quantize and dequantize ------------------------------------------------------------------------------------

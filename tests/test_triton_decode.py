@@ -148,8 +148,12 @@ def test_decode_gives_the_same_bits_every_time() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"bits": 5}, "decodes 2, 3, 4 bits"), ({"block_size": 8}, "block_size must be 16")],
-    ids=["5 bits", "tiny blocks"],
+    [
+        ({"bits": 5}, "decodes 2, 3, 4 bits"),
+        ({"block_size": 8}, "block_size must be 16"),
+        ({"head_dim": 32}, "from 48 to 256"),
+    ],
+    ids=["5 bits", "tiny blocks", "narrow heads"],
 )
 def test_what_the_decode_kernel_is_not_for_is_said(changes: dict[str, int], reason: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
@@ -169,12 +173,12 @@ if __name__ == "__main__":
         from kvquant.kernels.triton_kernels.attention import decode_refusal
         from kvquant.spec import QuantSpec
 
-        x = torch.randn(64, 2, 64)
-        bits, size = (int(value), 64) if key == "bits" else (3, int(value))
+        bits, size, D = ({"bits": 3, "block_size": 64, "head_dim": 64} | {key: int(value)}).values()
+        x = torch.randn(64, 2, D)
         quantizer = BatchedKVQuantizer.calibrate(QuantSpec(bits), x, x)
         packed = quantizer.quantize(x, x, torch.tensor([0, 64]), block_size=size)
         layer = quantizer.reader(packed.pool.layers[0])
-        sys.exit(decode_refusal(torch.zeros(1, 2, 64), layer, None, size))
+        sys.exit(decode_refusal(torch.zeros(1, 2, D), layer, None, size))
     worst = {name: max(error_of(case, "cpu", splits) for splits in (1, 3)) for name, case in cases.items()}
     print(worst)
     sys.exit(not all(error < TOLERANCE for error in worst.values()))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from types import ModuleType
@@ -34,6 +35,7 @@ OPERATIONS = (
     "read_exact",
     "attend",
 )
+OLDEST_TRITON = (3, 6)  # of those the kernels ran with; 3.2 lacks gather and small products
 SPILL_ENTRIES = 32  # outliers in one spill chunk; 32 two-byte values are one 64-byte line
 
 # What a kernel writes into the pool's error word; 0 means that all is well.
@@ -189,6 +191,9 @@ def triton_refusal(device_type: str) -> str | None:
     """Say why the triton backend cannot run on a device; None: it can."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"needs triton {'.'.join(map(str, OLDEST_TRITON))} or later, got {version}"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None  # triton's interpreter, which tests use
     if device_type != "cuda":

@@ -21,6 +21,8 @@ from kvquant.ragged import RaggedStep
 
 # Numbers dequantized at once: 1 MiB in fp32 for keys and for values each.
 _PIECE_ELEMENTS = 1 << 18
+# On a GPU launches cost more than memory: 64 MiB each.
+_PIECE_ELEMENTS_GPU = 1 << 24
 
 
 class _Blocks(NamedTuple):
@@ -123,9 +125,10 @@ def attend_decode(
         torch.zeros(B, Hq, D, device=device),
     )
     # There are at most as many key heads as query heads; the first piece tells how many.
+    elements = _PIECE_ELEMENTS if device.type == "cpu" else _PIECE_ELEMENTS_GPU
     start, heads = 0, Hq
     while start < len(blocks.owner):
-        at_once = max(1, _PIECE_ELEMENTS // (heads * block_size * D))
+        at_once = max(1, elements // (heads * block_size * D))
         part = slice(start, min(start + at_once, len(blocks.owner)))
         first, last = blocks.owner[part.start], blocks.owner[part.stop - 1]
         mine = _State(*(tensor[first : last + 1] for tensor in state))

@@ -146,15 +146,17 @@ class ForwardCall:
             softcap=softcap,
             backend=backend,
         )
-        # fp32 tables and products: the query's rotation must match the keys', which happens tile by tile in fp32.
-        turned = rotate(q.float(), cos[:, None], sin[:, None])
-        if place.quantizer.keys_after_rope:
-            k, rope = rotate(k.float(), cos[:, None], sin[:, None]), None
-        k, turned = place.quantizer.turn_keys(k), place.quantizer.turn_query(turned)
-        store = pool.layers[place.inner]
-        with contextlib.nullcontext() if stopwatch is None else stopwatch:
-            attention.store(k, v, store, step)
-        out = attention.attend(turned, k, v, store, step, rope).to(query.dtype)
+        # Kernels are launched on the current device, which need not be this layer's.
+        with torch.cuda.device_of(query):
+            # fp32 tables and products: the query's rotation must match the keys', which happens tile by tile in fp32.
+            turned = rotate(q.float(), cos[:, None], sin[:, None])
+            if place.quantizer.keys_after_rope:
+                k, rope = rotate(k.float(), cos[:, None], sin[:, None]), None
+            k, turned = place.quantizer.turn_keys(k), place.quantizer.turn_query(turned)
+            store = pool.layers[place.inner]
+            with contextlib.nullcontext() if stopwatch is None else stopwatch:
+                attention.store(k, v, store, step)
+            out = attention.attend(turned, k, v, store, step, rope).to(query.dtype)
         if index is not None:
             padded = out.new_zeros(B * S, Hq, D)
             padded[index] = out

@@ -26,7 +26,8 @@ def run(cfg: Any, context: Any) -> None:
     length = min(task.window or bench.context, bench.context)
     windows = windows_of(bench.heldout(task.max_tokens, task.part), length, task.stride or length)
     calibration = bench.calibration()
-    by_name = {window.name: window for window in windows}
+    # Numbered, because text that repeats makes windows of one name.
+    by_name = {f"{index:06d}-{window.name}": window for index, window in enumerate(windows)}
 
     def measure(name: str) -> dict[str, Any]:
         window = by_name[name]

@@ -86,8 +86,9 @@ def decode_refusal(
         return (
             f"it decodes {', '.join(map(str, DECODE_BITS))} bits, got {layer.key_bits} and {layer.value_bits}"
         )
-    if D % 16 or D > 256:
-        return f"head_dim must be a multiple of 16 up to 256, got {D}"
+    # A field of the keys' plane is one side of a product, which has 16 channels at least.
+    if D % 16 or D > 256 or triton.next_power_of_2(_plane_bytes(D, layer.key_bits)) < 16:
+        return f"head_dim must be a multiple of 16 from 48 to 256 (from 32 at 4 bits), got {D}"
     if block_size & (block_size - 1) or not 16 <= block_size <= 128:
         return f"cache.block_size must be 16, 32, 64 or 128, got {block_size}"
     if rope is not None and rope.offset_cos.shape[-1] * 2 != D:
@@ -95,6 +96,11 @@ def decode_refusal(
     if layer.keys.codes.shape[1] % layer.values.zero.shape[-1]:
         return "a value group must hold whole heads"
     return None
+
+
+def _plane_bytes(head_dim: int, bits: int) -> int:
+    """Bytes of the widest plane of a row of 2, 3 or 4-bit codes: the channels of one field."""
+    return packed_row_bytes(head_dim, max(plane_widths(bits)))
 
 
 def attend_decode(
@@ -136,10 +142,7 @@ def attend_decode(
     q = query.to(fp32).contiguous()
     best, total = (torch.empty(B, H, splits, GP, dtype=fp32, device=device) for _ in range(2))
     out, out2 = (torch.empty(B, H, splits, GP, D, dtype=fp32, device=device) for _ in range(2))
-    widths = [
-        max(w for w in plane_widths(bits) if w in (2, 4)) for bits in (layer.key_bits, layer.value_bits)
-    ]
-    KW, VW = (packed_row_bytes(D, w) for w in widths)
+    KW, VW = (_plane_bytes(D, bits) for bits in (layer.key_bits, layer.value_bits))
     has_values_out = values.outlier_index.shape[-1] > 0
     sink_tokens = 0 if sinks is None else sinks[0].shape[1]
     cos, sin, base_cos, base_sin = (q, q, q, q) if rope is None else (t.contiguous() for t in rope)
@@ -157,7 +160,7 @@ def attend_decode(
         G=G, GP=GP, D=D, BS=block_size,
         KB=layer.key_bits, VB=layer.value_bits, KW=KW, VW=VW,
         KWP=triton.next_power_of_2(KW), VWP=triton.next_power_of_2(VW),
-        K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1], KF=8 // widths[0], VF=8 // widths[1],
+        K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1], KF=D // KW, VF=D // VW,
         SPLITS=splits, EC=_ENTRIES, HAS_ROPE=rope is not None, HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None, HAS_K_OUT=keys.outlier_index.shape[-1] > 0, HAS_V_OUT=has_values_out,
         INTERPRET=INTERPRET, num_warps=_WARPS, num_stages=2,
