@@ -46,6 +46,7 @@ FLOORS: list[tuple[str, int]] = [
     ("energy", 5),
     ("tracking", 5),
     ("measure", 5),
+    ("bench", 5),
     ("peak_memory", 5),
     ("statistics", 5),
     ("methods", 3),

@@ -204,6 +204,11 @@ def _check_task(cfg: Any) -> None:
     tasks[cfg.task.name].check(cfg.task)
     if cfg.task.name == "quantize" and cfg.quant.method == "none":
         raise ConfigError("quant.method must quantize with task=quantize, got none; try quant=nuq")
+    if cfg.task.name == "kernels" and cfg.quant.method not in NUQ_FAMILY:
+        raise ConfigError(
+            f"quant.method must be {', '.join(NUQ_FAMILY)} with task=kernels, whose operations are theirs, got "
+            f"{cfg.quant.method}; try quant=nuq"
+        )
     if cfg.quant.method == "hf_quantized" and cfg.task.name not in ("perplexity", "compare"):
         raise ConfigError(
             f"quant.method must keep blocks with task={cfg.task.name}, got hf_quantized, which has a cache of its own; try "

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvquant.bench.shapes import SHAPES
 from kvquant.config.checks import require
 from kvquant.config.task_base import TaskConfig
 
@@ -75,6 +76,55 @@ class QuantizeTask(TaskConfig):
         require(task.decode_tokens >= 0, "task.decode_tokens", "0, or 2 or more", task.decode_tokens, "8192")
         require(task.prefill_layers >= 1, "task.prefill_layers", "1 or more", task.prefill_layers, "2")
         require(task.repeats >= 1, "task.repeats", "1 or more", task.repeats, "5")
+
+
+KERNEL_OPERATIONS = ("write_keys", "write_values", "dequantize", "decode", "prefill", "layer_share")
+KERNEL_BASELINES = ("sdpa", "varlen", "flex", "flash_attn")
+
+
+@dataclass
+class KernelsTask(TaskConfig):
+    """Time, bytes and rivals of each operation, by shape, length, batch and bits."""
+
+    name: str = "kernels"
+    operations: list[str] = field(default_factory=lambda: list(KERNEL_OPERATIONS))
+    shapes: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+    bits: list[int] = field(default_factory=lambda: [4, 3, 2])
+    step_tokens: int | None = None
+    ragged_context: int | None = None
+    layer_tokens: list[int] = field(default_factory=list)
+    write_tokens: int = 131072
+    baselines: list[str] = field(default_factory=lambda: list(KERNEL_BASELINES))
+    dtype: str = "bfloat16"
+    graph: bool = True
+    seconds: float = 0.2
+    figures: bool = True
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """Names that exist, numbers that can be measured."""
+        for key, known, fix in (
+            ("operations", KERNEL_OPERATIONS, "[decode]"),
+            ("shapes", tuple(SHAPES), "[llama31_8b]"),
+            ("baselines", KERNEL_BASELINES, "[sdpa]"),
+        ):
+            named = set(task[key]) <= set(known) and len(set(task[key])) == len(task[key])
+            require(named, f"task.{key}", f"of {', '.join(known)}, once each", list(task[key]), fix)
+        require(bool(task.operations), "task.operations", "at least one operation", [], "[decode]")
+        within = bool(task.bits) and all(1 <= b <= 8 for b in task.bits)
+        require(within, "task.bits", "widths from 1 to 8", list(task.bits), "[4,3,2]")
+        for key, fix in (("tokens", "[8192]"), ("batches", "[8]"), ("layer_tokens", "[8192]")):
+            require(all(n >= 1 for n in task[key]), f"task.{key}", "1 or more each", list(task[key]), fix)
+        step = task.step_tokens
+        require(step is None or step >= 16, "task.step_tokens", "16 or more, or null", step, "4096")
+        ragged = task.ragged_context
+        require(ragged is None or ragged >= 0, "task.ragged_context", "0 or more, or null", ragged, "8192")
+        require(task.write_tokens >= 1, "task.write_tokens", "1 or more", task.write_tokens, "131072")
+        dtypes = ("bfloat16", "float16", "float32")
+        require(task.dtype in dtypes, "task.dtype", f"one of {', '.join(dtypes)}", task.dtype, "bfloat16")
+        require(task.seconds > 0, "task.seconds", "above 0", task.seconds, "0.2")
 
 
 @dataclass
