@@ -1,7 +1,7 @@
-"""The GPU default: Triton kernels that write blocks and that decode straight from packed codes.
+"""The GPU default: Triton kernels that write blocks and that decode straight from packed codes, or from exact blocks.
 
 What has no kernel of its own is the vectorised PyTorch form, on the GPU as well: dequantizing whole tiles, prefill
-attention over them, exact storage, and putting full blocks in order.
+attention over them, writing exact blocks, and putting full blocks in order.
 """
 
 from __future__ import annotations

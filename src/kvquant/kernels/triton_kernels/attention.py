@@ -11,6 +11,7 @@ from torch import Tensor
 from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore
 from kvquant.kernels.tiled_attention import attend_tiled
 from kvquant.kernels.triton_kernels import decode
+from kvquant.kernels.triton_kernels.exact_decode import attend_exact_decode, exact_refusal
 from kvquant.packing import packed_row_bytes, plane_widths
 from kvquant.ragged import RaggedStep
 
@@ -37,28 +38,26 @@ def attend(
 ) -> Tensor:
     """Attention of a call; arguments and result as of :func:`kvquant.kernels.tiled_attention.attend_tiled`.
 
-    A call of one new token per sequence reads packed codes (:func:`attend_decode`) where :func:`decode_refusal` has
-    nothing against it; prefill and everything else is dequantized tile by tile.
+    A call of one new token per sequence reads packed codes (:func:`attend_decode`) or exact blocks
+    (:func:`attend_exact_decode`) where :func:`decode_refusal` or :func:`exact_refusal` has nothing against it; prefill
+    and everything else is dequantized tile by tile.
     """
-    own_exact = exact is not None and max(step.lengths) > 1
-    if (
-        max(step.lengths) == 1
-        and not own_exact
-        and decode_refusal(query, read_tile, rope, block_size) is None
-    ):
-        return attend_decode(
-            query,
-            step.block_table,
-            step.kv_lengths_tensor,
-            read_tile,  # type: ignore[arg-type]
-            rope,
-            sinks,
-            block_size=block_size,
-            blocks_per_tile=blocks_per_tile,
-            softmax_scale=softmax_scale,
-            window=window,
-            softcap=softcap,
-        )
+    if max(step.lengths) == 1:
+        for refusal, decode_with in ((decode_refusal, attend_decode), (exact_refusal, attend_exact_decode)):
+            if refusal(query, read_tile, rope, block_size) is None:
+                return decode_with(
+                    query,
+                    step.block_table,
+                    step.kv_lengths_tensor,
+                    read_tile,  # type: ignore[arg-type]
+                    rope,
+                    sinks,
+                    block_size=block_size,
+                    blocks_per_tile=blocks_per_tile,
+                    softmax_scale=softmax_scale,
+                    window=window,
+                    softcap=softcap,
+                )
     return attend_tiled(
         query,
         step,
