@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from transformers import (
 )
 
 from kvquant.batched_quant import BatchedKVQuantizer
-from kvquant.models import model_shape
+from kvquant.models import model_shape, record_keys_and_values
+from kvquant.spec import QuantSpec
 
 VOCAB, WINDOW, CONTEXT = 97, 24, 512
 _SIZE = {
@@ -126,6 +128,16 @@ def model_of(config: PreTrainedConfig) -> PreTrainedModel:
 def exact(model: PreTrainedModel) -> list[BatchedKVQuantizer]:
     shape = model_shape(model)
     return [BatchedKVQuantizer.exact(shape.num_kv_heads, shape.head_dim)] * shape.num_layers
+
+
+def quantized(model: PreTrainedModel, **spec: Any) -> list[BatchedKVQuantizer]:
+    """Quantizers calibrated on random tokens."""
+    with torch.inference_mode(), record_keys_and_values(model) as recorded:
+        model(input_ids=prompts_of([256], seed=1)[0][None], use_cache=False)
+        return [
+            BatchedKVQuantizer.calibrate(QuantSpec(**spec), k[0].transpose(0, 1), v[0].transpose(0, 1))
+            for k, v in recorded
+        ]
 
 
 def prompts_of(lengths: list[int], seed: int = 0) -> list[Tensor]:

@@ -177,6 +177,26 @@ def test_a_machine_without_a_meter_still_says_what_it_estimates(run, monkeypatch
     assert rows["energy of prefill"][-1] == "estimated (CodeCarbon, CPU model)"
 
 
+def test_history_measures_a_chunk_whose_memory_does_not_follow_what_is_stored(run) -> None:
+    result = run(
+        *("task=history", "task.lengths=[1024,4096]", "task.chunk_tokens=64", "task.compare_up_to=2048")
+    )
+    metrics = result["metrics"]
+    assert result["status"] == "ok" and result["figures"] == ["history.png"]
+    # The text goes on past the model's context.
+    assert metrics["model"]["max_length"] < 4096
+    extra, held = metrics["quantized"]["extra_bytes"], metrics["quantized"]["held_bytes"]
+    assert set(extra) == {"1024", "4096"}
+    assert set(metrics["exact"]["extra_bytes"]) == set(metrics["stock"]["chunk_s"]) == {"1024"}
+    assert held["4096"] > 3.5 * held["1024"]
+    # 2 heads of 64 channels, keys and values, fp32.
+    layer_bytes = metrics["dequantized_layer_bytes"]
+    assert layer_bytes["4096"] == 4096 * 2 * 2 * 64 * 4
+    assert extra["4096"] - extra["1024"] < 0.05 * layer_bytes["4096"]
+    assert extra["4096"] < layer_bytes["4096"]
+    assert metrics["quantized"]["share_of_dequantized_layer"] < 0.05
+
+
 SERVE = ("task=serve_trace", "batch=uniform", "batch.prompt_tokens=100", "batch.decode_tokens=6")
 
 

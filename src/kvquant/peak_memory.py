@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 _MARK = "kvquant.peak_memory.mark"
@@ -37,6 +39,8 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         if self._device.type != "cuda":
+            # Its library writes a line to stderr at every start and stop; read once, when the first profile begins.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
             activities = [torch.profiler.ProfilerActivity.CPU]
             self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
             self._profile.__enter__()

@@ -128,6 +128,28 @@ class KernelsTask(TaskConfig):
 
 
 @dataclass
+class HistoryTask(TaskConfig):
+    """Peak extra memory and time of one prefilled chunk over histories of growing length."""
+
+    name: str = "history"
+    lengths: list[int] = field(default_factory=list)
+    chunk_tokens: int = 512
+    fill_tokens: int = 2048
+    compare_up_to: int = 32768
+    figures: bool = True
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """Lengths and pieces hold tokens."""
+        lengths = list(task.lengths)
+        some = bool(lengths) and min(lengths) >= 1 and len(set(lengths)) == len(lengths)
+        require(some, "task.lengths", "1 or more each, once each", lengths, "[1024,32768]")
+        for key, fix in (("chunk_tokens", "512"), ("fill_tokens", "2048")):
+            require(task[key] >= 1, f"task.{key}", "1 or more", task[key], fix)
+        require(task.compare_up_to >= 0, "task.compare_up_to", "0 or more", task.compare_up_to, "32768")
+
+
+@dataclass
 class EnergyTask(TaskConfig):
     """Joules per token of prefill and decode, by method, batch and length, with their uncertainty."""
 

@@ -21,6 +21,7 @@ BEGIN, END = "<!-- generated: results (begin) -->", "<!-- generated: results (en
 FIGURES = {
     "prefill": [("bytes.png", "Bytes held per token of the batch, by what they hold")],
     "compare": [("quality.png", "Divergence from the exact cache against bytes")],
+    "history": [("history.png", "Peak extra memory and time of one chunk, by tokens of history")],
     "allocation": [("append.png", "Cost of appending one token, by tokens already stored")],
 }
 # Of the tables that task=compare makes; paper/quality.md holds all of them.
@@ -149,6 +150,7 @@ RENDERERS: dict[str, Callable[[list[Result]], str]] = {
     "prefill": _as_printed("python src/run.py"),
     "perplexity": _perplexity,
     "compare": _compare,
+    "history": _as_printed("python src/run.py experiment=long_context quant.bits=3"),
     "allocation": _as_printed("python src/run.py experiment=ablation_allocation"),
     "quantize": _as_printed("python src/run.py task=quantize quant.bits=4"),
     "energy": _energy,
