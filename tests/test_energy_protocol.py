@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
 
 import numpy as np
@@ -11,7 +13,12 @@ from scipy import stats
 from kvquant.energy import CarbonIntensity, CounterMeter, Window
 from kvquant.energy.protocol import counterbalanced_rounds, fill_window, measure_idle
 from kvquant.energy.statistics import coefficient_of_variation, fit_line, mean_interval, paired_ratio
-from kvquant.energy.validity import series_faults, window_faults
+from kvquant.energy.validity import (
+    disagreement_percent,
+    disagreements_together,
+    series_faults,
+    window_faults,
+)
 from kvquant.energy.windows import Meter
 from kvquant.errors import CounterStalled
 
@@ -23,7 +30,11 @@ class SteppedMeter(Meter):
 
     def __init__(self, power_w) -> None:
         super().__init__("stepped", "measured", GRID)
-        self.time_s, self.total_j, self._power_w = 0.0, 0.0, power_w
+        self.time_s, self.total_j, self._power_w, self.ticks_s = 0.0, 0.0, power_w, 0.0
+
+    @property
+    def tick_s(self) -> float:
+        return self.ticks_s
 
     def sleep(self, seconds: float) -> None:
         self.total_j += self._power_w(self.time_s) * seconds
@@ -123,8 +134,26 @@ def window(**changes) -> Window:
 
 
 def test_a_sound_window_has_no_faults() -> None:
-    assert window_faults(window(polled_j={"instant": 610.0, "average": 300.0})) == []
+    assert window_faults(window(polled_j={"instant": 610.0})) == []
+    # Single readings miss what varies between them: the average, which does not, decides about one window ...
+    chancy = window(polled_j={"instant": 640.0, "average": 610.0})
+    assert window_faults(chancy) == []
+    assert disagreement_percent(chancy) == pytest.approx(100 * 10 / 600)
+    # ... but not where there is too little of it.
+    short = window(duration_s=2.0, polled_j={"instant": 610.0, "average": 300.0})
+    assert window_faults(short, min_s=1.0) == ["window shorter than 50 ticks of the counter"]
     assert series_faults([window()] * 5) == []
+
+
+def test_single_readings_must_agree_over_all_windows_of_a_result() -> None:
+    fault = "integrated instant power more than 5% from the counter over all windows"
+    by_chance = [window(polled_j={"instant": 600.0 + d, "average": 605.0}) for d in (40, -40, 35, -30, 5)]
+    assert series_faults(by_chance) == []
+    always = [window(polled_j={"instant": 600.0 + d, "average": 605.0}) for d in (40, 45, 35, 30, 25)]
+    assert series_faults(always) == [fault]
+    # A field that not every window has is no comparison; neither is one without joules.
+    assert disagreements_together([*always, window()]) == {}
+    assert disagreements_together([*always, window(energy_j=None)]) == {} == disagreements_together([])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +162,10 @@ def test_a_sound_window_has_no_faults() -> None:
         ({"kind": "estimated"}, "estimated, not measured (meter)"),
         ({"duration_s": 4.9, "tick_s": 0.02}, "window shorter than 5 s"),
         ({"tick_s": 0.13}, "window shorter than 50 ticks of the counter"),
-        ({"polled_j": {"instant": 560.0}}, "integrated power more than 5% from the counter"),
+        (
+            {"polled_j": {"instant": 590.0, "average": 560.0}},
+            "integrated power more than 5% from the counter",
+        ),
         (
             {"state": {"invalid_slowdowns": ["hardware power brake"]}},
             "the GPU slowed down: hardware power brake",
@@ -147,6 +179,20 @@ def test_a_sound_window_has_no_faults() -> None:
 def test_each_fault_is_named(changes: dict, fault: str) -> None:
     assert window_faults(window(**changes)) == [fault]
     assert series_faults([*[window()] * 4, window(**changes)]) == [fault]
+
+
+def test_a_window_asked_for_as_valid_is_as_long_as_its_counter_needs() -> None:
+    meter = SteppedMeter(lambda t: 100.0)
+    meter.ticks_s = 0.103
+    work = functools.partial(meter.sleep, 0.01)
+    filled = fill_window(meter, "w", work, window_s=5.0, sleep=meter.sleep)
+    assert window_faults(dataclasses.replace(filled.window, tick_s=0.103)) == []
+    assert 50 * 0.103 < filled.window.duration_s < 5.3
+    idle = measure_idle(meter, cooldown_s=0, idle_s=5.0, sleep=meter.sleep)
+    assert 50 * 0.103 < idle.window.duration_s < 5.3
+    # Whoever asks for less than any valid window gets it.
+    short = fill_window(meter, "w", work, window_s=0.5, sleep=meter.sleep)
+    assert short.window.duration_s == pytest.approx(0.5, abs=0.02)
 
 
 def test_few_windows_and_slices_are_faults_of_the_series() -> None:

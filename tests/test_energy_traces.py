@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from kvquant.energy import CarbonIntensity, CounterLimits, ReplayClock, Sample, load_trace, replay_meter
-from kvquant.energy.traces import integrated_power, observed_tick_s
+from kvquant.energy.traces import counter_energy, integrated_power, observed_tick_s
 from kvquant.energy.validity import window_faults
 from kvquant.energy.windows import Window
 from kvquant.errors import (
@@ -129,12 +129,71 @@ def test_nested_windows_share_a_trace() -> None:
     assert both.joules() == pytest.approx(TRUE_J, rel=1e-3)
 
 
+def sparse_trace(start_s: float, end_s: float, phase_s: float) -> list[Sample]:
+    """As a GPU is read: power every 0.1 s, its counter (a tick of 0.1 s) every 0.5 s, and densely at both edges.
+
+    Power swings between 200 and 400 W twice a second; ``average`` is the mean of the last second, ``instant`` a look.
+    """
+
+    def true_j(time_s: float) -> float:
+        work_s = min(max(time_s - start_s, 0.0), end_s - start_s)
+        halves, rest_s = divmod(work_s, 0.25)
+        swing_j = 100 * (0.25 * (halves % 2) + (rest_s if halves % 2 == 0 else -rest_s))
+        return IDLE_W * (time_s - work_s) + WORK_W * work_s + swing_j
+
+    def shown_j(time_s: float) -> float:
+        return true_j((time_s - phase_s) // 0.1 * 0.1 + phase_s)
+
+    dense = [e + k * 0.003 for e in (start_s - 0.11, end_s) for k in range(41)]
+    seldom = [start_s + 0.5 * k for k in range(1, int((end_s - start_s) / 0.5) + 1)]
+    polls = [start_s + 0.1 * k for k in range(int((end_s - start_s) / 0.1) + 1)]
+    readings = [Sample(t, shown_j(t)) for t in (*dense, *seldom)]
+    for t in polls:
+        power_w = {"average": true_j(t) - true_j(t - 1), "instant": (true_j(t) - true_j(t - 0.025)) / 0.025}
+        readings.append(Sample(t, None, power_w))
+    return sorted(readings, key=lambda s: s.time_s)
+
+
+@pytest.mark.parametrize("into_tick_s", [0.001, 0.03, 0.055, 0.099])
+def test_a_seldom_read_counter_is_exact_by_its_edges_and_an_average_by_its_last_second(into_tick_s) -> None:
+    # The meter waits for a tick before it opens a window, so that the start follows one; the end comes at any phase.
+    start_s, end_s = 10.0, 15.3 + into_tick_s
+    trace = sparse_trace(start_s, end_s, phase_s=10.0 - 0.002)
+    true_j = WORK_W * (end_s - start_s)
+    found_j = counter_energy(trace, start_s, end_s, CounterLimits(0.1, 1000.0), tick_s=0.1)
+    # The last half swing may be incomplete: it is 100 W over at most a quarter of a second.
+    assert found_j == pytest.approx(true_j, abs=26)
+    average_j = integrated_power(trace, "average", start_s, end_s, 0.5)
+    assert average_j == pytest.approx(true_j, rel=0.01)
+    # Without leaving out the first second its readings would be of the idle before, for half a second on average.
+    lagging_j = integrated_power(
+        [Sample(s.time_s, None, {"lagging": s.power_w["average"]}) for s in trace if s.power_w],
+        "lagging", start_s, end_s, 0.5,
+    )  # fmt: skip
+    assert lagging_j == pytest.approx(true_j - (WORK_W - IDLE_W) / 2, rel=0.01)
+
+
+def test_a_tick_between_far_readings_is_taken_from_the_next_one() -> None:
+    # Ticks at 0.08, 0.18, ...; 100 W; read at 0.5 s, at the window's end and then every 3 ms until the tick at 5.28.
+    def shown_j(time_s: float) -> float:
+        return 100 * ((time_s - 0.08) // 0.1 * 0.1 + 0.08)
+
+    end_s = 5.27
+    times = [0.06, 0.079, 0.081, *(0.5 * k for k in range(1, 11)), *(end_s + 0.003 * k for k in range(6))]
+    # After the end the device idles, which the tick at 5.28 already knows.
+    trace = [Sample(t, shown_j(t) - (0.6 if t > 5.28 else 0.0)) for t in times]
+    found_j = counter_energy(trace, 0.0815, end_s, CounterLimits(0.1, 700.0), tick_s=0.1)
+    assert found_j == pytest.approx(100 * (end_s - 0.0815), rel=1e-3)
+
+
 def test_trapezoid_of_a_ramp_is_exact() -> None:
     ramp = [Sample(t / 10, None, {"average": 10 * t}) for t in range(51)]
     # 100 W per second: the integral of 100 t from 1.05 to 4.
     assert integrated_power(ramp, "average", 1.05, 4.0, 0.5) == pytest.approx(50 * (16 - 1.05**2))
     assert integrated_power(ramp, "instant", 1.0, 4.0, 0.5) is None
     assert integrated_power(ramp[:20] + ramp[30:], "average", 1.0, 4.0, 0.5) is None
+    # Three seconds and more of a mean over a second: the first is left out, 50 (16 - 1) J of two seconds remain.
+    assert integrated_power(ramp, "average", 0.0, 4.0, 0.5) == pytest.approx(50 * (16 - 1) / 3 * 4)
 
 
 def test_a_counter_read_seldom_is_not_taken_for_a_slow_one() -> None:

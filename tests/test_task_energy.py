@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
@@ -20,6 +23,7 @@ from kvquant.energy.sampling import SampledMeter, ThreadSampler
 from kvquant.errors import ConfigError, PoolExhausted
 from kvquant.results import load_result
 from kvquant.tasks import run_task
+from kvquant.tasks.energy_loads import LoadShelf
 from kvquant.tasks.energy_summary import compare_point, energy_table, fleet_table, summarize_variant
 
 GRID = CarbonIntensity(662.0, "test grid", pue=1.5)
@@ -131,6 +135,42 @@ def test_a_point_that_does_not_fit_is_told_and_the_rest_measured(run) -> None:
     assert "j_per_token_mean" in points[0]["variants"]["none"]
     for cell in points[1]["variants"].values():
         assert "cache.num_blocks" in cell["does_not_fit"]
+
+
+class CrowdedLoad:
+    """A load of which no more than ``most`` can exist at once."""
+
+    most, made = 2, 0
+    alive: weakref.WeakSet
+
+    def __init__(self) -> None:
+        if len(self.alive) >= self.most:
+            raise PoolExhausted("no room")
+        self.alive.add(self)
+        type(self).made += 1
+
+    @contextlib.contextmanager
+    def ready(self):
+        yield lambda: None
+
+
+@pytest.mark.parametrize(("most", "made"), [(2, 2), (1, 6)], ids=["both fit", "one at a time"])
+def test_loads_are_kept_while_all_fit(most: int, made: int) -> None:
+    kind = type("Load", (CrowdedLoad,), {"most": most, "alive": weakref.WeakSet()})
+    shelf = LoadShelf(lambda name: kind(), torch.device("cpu"))
+    for name in "abbaab":
+        with shelf.ready(name) as work:
+            work()
+            assert 1 <= len(kind.alive) <= most
+    assert kind.made == made
+    shelf.clear()
+    assert not kind.alive
+
+
+def test_a_load_that_does_not_fit_alone_says_so() -> None:
+    kind = type("Load", (CrowdedLoad,), {"most": 0, "alive": weakref.WeakSet()})
+    with pytest.raises(PoolExhausted), LoadShelf(lambda name: kind(), torch.device("cpu")).ready("a"):
+        pass
 
 
 def filled(joules: list[float], repetitions: int = 10) -> list[FilledWindow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class CodeCarbonMeter(Meter):
         super().__init__("CodeCarbon, CPU model", ESTIMATED, intensity)
         _quiet_codecarbon()
         self._open_windows: list[list[float]] = []  # joules so far of each open window
+        before_s = time.perf_counter()
         try:
             from codecarbon import OfflineEmissionsTracker
 
@@ -55,6 +57,7 @@ class CodeCarbonMeter(Meter):
             raise MeterUnavailable(
                 "CodeCarbon must be able to start a task, got none; try energy.meter=constant"
             )
+        self.library_s = time.perf_counter() - before_s
 
     def _open(self, poll_s: float | None) -> list[float]:
         self._cut()
@@ -103,7 +106,8 @@ def carbon_intensity(country: str) -> CarbonIntensity:
         from codecarbon.input import DataSource
 
         table = json.loads(Path(DataSource().global_energy_mix_data_path).read_text(encoding="utf-8"))
-    except Exception as error:
+    # Not there, not the version known here, or its file is not readable.
+    except (ImportError, AttributeError, OSError, ValueError) as error:
         raise MeterUnavailable(
             f"CodeCarbon's carbon table must be readable, got {error}; install codecarbon"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from kvquant.errors import MeterUnavailable
@@ -17,6 +18,17 @@ INVALID_SLOWDOWNS = {
     0x80: "hardware power brake",
 }
 NORMAL_SLOWDOWNS = {0x02: "application clocks", 0x04: "software power cap", 0x10: "sync boost"}
+
+
+@contextlib.contextmanager
+def driver_errors(nvml: Any) -> Iterator[None]:
+    """Turn whatever NVML raises inside into a :class:`MeterUnavailable`."""
+    try:
+        yield
+    except nvml.NVMLError as error:
+        raise MeterUnavailable(
+            f"NVML must answer for this GPU, got {error}; measure again, or try energy.meter=auto"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +64,7 @@ def find_gpu(nvml: Any, cuda_uuid: str) -> tuple[Any, GpuIdentity]:
         cuda_uuid: with or without its ``GPU-`` or ``MIG-``.
 
     Raises:
-        MeterUnavailable: NVML knows no such GPU.
+        MeterUnavailable: NVML knows no such GPU, or does not answer.
     """
     bare = cuda_uuid.removeprefix("GPU-").removeprefix("MIG-")
     handle, is_slice = None, False
@@ -65,16 +77,17 @@ def find_gpu(nvml: Any, cuda_uuid: str) -> tuple[Any, GpuIdentity]:
         raise MeterUnavailable(
             f"NVML must know the GPU that CUDA uses, got none with UUID {cuda_uuid}; try energy.meter=codecarbon"
         )
-    if is_slice:
-        handle = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
-    identity = GpuIdentity(
-        name=_text(nvml.nvmlDeviceGetName(handle)),
-        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-        mig=is_slice or _mig_enabled(nvml, handle),
-        gpus=nvml.nvmlDeviceGetCount(),
-        power_limit_w=_power_limit_w(nvml, handle),
-        other_processes=other_processes(nvml, handle),
-    )
+    with driver_errors(nvml):
+        if is_slice:
+            handle = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+        identity = GpuIdentity(
+            name=_text(nvml.nvmlDeviceGetName(handle)),
+            uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+            mig=is_slice or _mig_enabled(nvml, handle),
+            gpus=nvml.nvmlDeviceGetCount(),
+            power_limit_w=_power_limit_w(nvml, handle),
+            other_processes=other_processes(nvml, handle),
+        )
     return handle, identity
 
 

@@ -5,26 +5,28 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from kvquant.energy.gpus import find_gpu, other_processes, slowdowns
+from kvquant.energy.gpus import driver_errors, find_gpu, other_processes, slowdowns
 from kvquant.energy.sampling import SampledMeter, ThreadSampler
 from kvquant.energy.traces import CounterLimits, Sample
 from kvquant.energy.windows import MEASURED, CarbonIntensity
-from kvquant.errors import MeterError, MeterUnavailable
+from kvquant.errors import MeterUnavailable
 
 # Counters of data-centre GPUs change every 20 to 100 ms.
 TICK_S = 0.1
-# Power needs no more than twenty readings a second, and each one takes the interpreter from the work for a moment; at
-# a window's edges, where the counter's tick matters, nothing else runs and it is read far more often.
-POLL_S = 0.05
+# The sensor's own period: looking more often sees the same reading again, and every look spends up to milliseconds in
+# the driver. At a window's edges, where the counter's tick matters, nothing else runs and it alone is read, far more often.
+POLL_S = 0.1
+# Between the edges the counter only has to show that it neither stalls nor jumps.
+COUNTER_S = 0.5
 # Clocks, temperature and processes cost more than power and change more slowly.
-STATE_S = 0.2
+STATE_S = 1.0
 # Field numbers of nvml.h: average over the last second, and the last reading.
 FIELDS = {"average": 185, "instant": 186}
 SYSTEMATIC_PERCENT = 5.0
 
 
 class GpuReader:
-    """Takes one sample of a GPU per call.
+    """Takes one sample of a GPU per call: of its counter alone, or of what is due.
 
     Args:
         nvml: the module pynvml, initialised.
@@ -33,17 +35,33 @@ class GpuReader:
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
-        self._state_s = float("-inf")
+        self._counter_s = self._state_s = float("-inf")
         self._has_fields = bool(self._fields())
 
     def read(self) -> Sample:
-        """Return counter, power and now and then the state."""
-        nvml, handle = self._nvml, self._handle
-        counter_j = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+        """Return the counter alone.
+
+        Raises:
+            MeterUnavailable: the driver does not answer.
+        """
+        with driver_errors(self._nvml):
+            counter_j = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
         # The clock after the counter: a driver that answers late then looks late.
-        now_s = time.perf_counter()
+        self._counter_s = time.perf_counter()
+        return Sample(self._counter_s, counter_j)
+
+    def look(self, everything: bool) -> Sample:
+        """Return power, and counter and state if they are due or ``everything`` is asked for.
+
+        Raises:
+            MeterUnavailable: the driver does not answer.
+        """
+        counter_j = None
+        if everything or time.perf_counter() - self._counter_s >= COUNTER_S:
+            counter_j = self.read().counter_j
         power_w = self._fields() if self._has_fields else self._power_usage()
-        if now_s - self._state_s < STATE_S:
+        now_s = time.perf_counter() if counter_j is None else self._counter_s
+        if not everything and now_s - self._state_s < STATE_S:
             return Sample(now_s, counter_j, power_w)
         self._state_s = now_s
         return Sample(now_s, counter_j, power_w, self._state())
@@ -59,7 +77,8 @@ class GpuReader:
 
     def _power_usage(self) -> dict[str, float]:
         # Older drivers have one reading; on A100 it is the last one, elsewhere mostly an average.
-        return {"unspecified": self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000}
+        with driver_errors(self._nvml):
+            return {"unspecified": self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000}
 
     def _state(self) -> dict[str, Any]:
         nvml, handle = self._nvml, self._handle
@@ -87,20 +106,18 @@ def open_nvml(intensity: CarbonIntensity) -> SampledMeter:
         import torch
 
         cuda_uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        pynvml.nvmlInit()
-    except Exception as error:
+    # A torch without CUDA asserts; one without a driver raises a RuntimeError.
+    except (ImportError, RuntimeError, AssertionError) as error:
         raise MeterUnavailable(
             f"NVML's energy counter must be readable, got {error}; try energy.meter=auto"
         ) from error
+    with driver_errors(pynvml):
+        pynvml.nvmlInit()
     try:
         return gpu_meter(pynvml, cuda_uuid, intensity, torch.cuda.synchronize)
-    except Exception as error:
+    except BaseException:
         pynvml.nvmlShutdown()
-        if isinstance(error, MeterError):
-            raise
-        raise MeterUnavailable(
-            f"NVML's energy counter must be readable, got {error}; try energy.meter=auto"
-        ) from error
+        raise
 
 
 def gpu_meter(nvml: Any, cuda_uuid: str, intensity: CarbonIntensity, synchronize: Any) -> SampledMeter:
@@ -113,11 +130,11 @@ def gpu_meter(nvml: Any, cuda_uuid: str, intensity: CarbonIntensity, synchronize
         synchronize: waits for the GPU.
 
     Raises:
-        MeterUnavailable: NVML does not know the GPU.
+        MeterUnavailable: NVML does not know the GPU, or it has no such counter.
     """
     handle, identity = find_gpu(nvml, cuda_uuid)
     reader = GpuReader(nvml, handle)
-    reader.read()
+    reader.look(True)
     scope = "all slices of a MIG GPU together" if identity.mig else "GPU alone"
     # Twice the limit: short peaks above it are real.
     most_w = 2 * (identity.power_limit_w or 1000)
@@ -125,7 +142,7 @@ def gpu_meter(nvml: Any, cuda_uuid: str, intensity: CarbonIntensity, synchronize
         f"NVML total energy counter, {identity.name}, {scope}",
         MEASURED,
         intensity,
-        ThreadSampler(reader.read, TICK_S),
+        ThreadSampler(reader.read, TICK_S, reader.look),
         CounterLimits(TICK_S, most_w),
         poll_s=POLL_S,
         synchronize=synchronize,

@@ -54,7 +54,7 @@ def open_meter(
     g_per_kwh: float | None = None,
     pue: float = 1.0,
 ) -> Meter:
-    """Open a meter; CodeCarbon takes a second or two, so call it before what is measured.
+    """Open a meter, which then says how long that took; CodeCarbon takes a second or two: open it before the work.
 
     Args:
         name: ``auto``, ``nvml``, ``rapl``, ``codecarbon``, ``constant`` or ``none``.
@@ -68,6 +68,17 @@ def open_meter(
         ConfigError: the country is unknown.
     """
     intensity = grid(country, g_per_kwh=g_per_kwh, pue=pue)
+    if use_cuda:
+        import torch
+
+        torch.cuda.init()  # a second or more, which is not the meter's
+    before_s = time.perf_counter()
+    meter = _open_by_name(name, country, intensity, use_cuda)
+    meter.open_s = time.perf_counter() - before_s - meter.library_s
+    return meter
+
+
+def _open_by_name(name: str, country: str, intensity: CarbonIntensity, use_cuda: bool) -> Meter:
     if name == "none":
         return CounterMeter("none", ESTIMATED, intensity, None)
     openers: dict[str, Callable[[], Meter]] = {

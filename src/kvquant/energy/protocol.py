@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from kvquant.energy.validity import MIN_TICKS, MIN_WINDOW_S
 from kvquant.energy.windows import Meter, Window
 
 # Two idle pieces this close together are a stable idle.
@@ -16,6 +17,8 @@ IDLE_PIECE_S = 2.0
 # Windows start at any phase of the counter and of the power reading, which samples a quarter of the time on A100 and
 # H100 (arXiv 2312.02741): a tenth of a second covers their periods.
 MAX_PHASE_DELAY_S = 0.1
+# How well a counter's tick is known.
+TICK_MARGIN = 1.02
 _T = TypeVar("_T")
 Sleep = Callable[[float], None]
 
@@ -35,6 +38,16 @@ class Idle:
     cooldown_s: float
     stable: bool
     window: Window
+
+
+def long_enough_s(meter: Meter, asked_s: float) -> float:
+    """``asked_s``, or what a valid window takes where a counter's slow tick makes that a little more.
+
+    A length that no tick could make valid stays: it was asked for knowing that its result will be marked.
+    """
+    if asked_s < MIN_WINDOW_S:
+        return asked_s
+    return max(asked_s, TICK_MARGIN * MIN_TICKS * meter.tick_s)
 
 
 def measure_idle(meter: Meter, *, cooldown_s: float, idle_s: float, sleep: Sleep = time.sleep) -> Idle:
@@ -57,7 +70,7 @@ def measure_idle(meter: Meter, *, cooldown_s: float, idle_s: float, sleep: Sleep
         before_w = power_w
     waited_s = meter.now_s() - start_s
     with meter.window("idle") as window:
-        sleep(idle_s)
+        sleep(long_enough_s(meter, idle_s))
     power = None if window.energy_j is None else window.energy_j / window.duration_s
     return Idle(power, waited_s, stable, window)
 
@@ -93,8 +106,8 @@ def fill_window(
         sleep(delay_s)
     repetitions = 0
     with meter.window(name) as window:
-        start_s = meter.now_s()
-        while repetitions == 0 or meter.now_s() - start_s < window_s:
+        start_s, least_s = meter.now_s(), long_enough_s(meter, window_s)
+        while repetitions == 0 or meter.now_s() - start_s < least_s:
             work()
             repetitions += 1
     return FilledWindow(window, repetitions)

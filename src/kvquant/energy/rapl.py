@@ -61,6 +61,7 @@ class RaplCounter:
         """Read all zones.
 
         Raises:
+            MeterUnavailable: one cannot be read any more.
             CounterReset: a zone fell further than a wrap explains.
             CounterJumped: a zone rose faster than a processor can.
         """
@@ -76,7 +77,12 @@ class RaplCounter:
 
 
 def _read(path: Path) -> Sample:
-    return Sample(time.perf_counter(), float(path.read_text()) / 1e6)
+    try:
+        return Sample(time.perf_counter(), float(path.read_text()) / 1e6)
+    except (OSError, ValueError) as error:
+        raise MeterUnavailable(
+            f"RAPL must be readable, got {error}; run as root or try energy.meter=auto"
+        ) from error
 
 
 def open_rapl(intensity: CarbonIntensity, root: Path = POWERCAP) -> SampledMeter:

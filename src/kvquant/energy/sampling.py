@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from kvquant.errors import MeterError, MeterUnavailable
 
 # Counters that change faster need no waiting for their tick: an edge's own reading is exact enough.
 FAST_TICK_S = 0.005
+# Power that nobody looked at for longer is not integrated.
+MAX_POWER_GAP_S = 0.5
 
 
 class Sampler(Protocol):
@@ -44,8 +47,10 @@ class ThreadSampler:
     """Reads a device in a background thread that lives only while a window is open.
 
     Args:
-        read: takes one reading; called from the thread and, at edges, from the caller.
+        read: takes one reading of the counter, as fast as can be; called at edges until the counter has changed.
         tick_s: how long to wait for the counter's next change at an edge; 0: not at all.
+        look: takes one reading of whatever there is to know between edges; ``look(True)``, at a window's first and
+            last edge, of everything. None: ``read`` sees it all.
 
     Attributes:
         busy_s: seconds spent reading so far: what measuring costs at most.
@@ -55,8 +60,13 @@ class ThreadSampler:
         MeterError: (from :meth:`stop`) a reading failed meanwhile.
     """
 
-    def __init__(self, read: Callable[[], Sample], tick_s: float = 0.0) -> None:
-        self._read, self._tick_s = read, tick_s
+    def __init__(
+        self,
+        read: Callable[[], Sample],
+        tick_s: float = 0.0,
+        look: Callable[[bool], Sample] | None = None,
+    ) -> None:
+        self._read, self._tick_s, self._look = read, tick_s, look
         self._samples: list[Sample] = []
         self._open: list[tuple[float, float]] = []  # (first edge, poll_s) of every open window
         self._changed = threading.Condition()
@@ -74,7 +84,9 @@ class ThreadSampler:
         first = not self._open
         if first:
             self._error = None
-        sample = self._take()
+        if self._look is not None:
+            self._take(functools.partial(self._look, True))
+        sample = self._take(self._read)
         with self._changed:
             self._open.append((sample.time_s, poll_s))
             self._changed.notify_all()
@@ -95,7 +107,11 @@ class ThreadSampler:
         """See :class:`Sampler`."""
         try:
             if self._error is None:
-                self._wait_for_tick(self._take())
+                if self._look is not None:
+                    self._take(functools.partial(self._look, False))
+                self._wait_for_tick(self._take(self._read))
+                if self._look is not None:
+                    self._take(functools.partial(self._look, True))
         finally:
             samples = self._leave()
         if isinstance(self._error, MeterError):
@@ -127,10 +143,10 @@ class ThreadSampler:
             self._thread = None
         self._samples.clear()
 
-    def _take(self) -> Sample:
+    def _take(self, read: Callable[[], Sample]) -> Sample:
         with self._changed:
             before_s = self.now_s()
-            sample = self._read()
+            sample = read()
             self.busy_s += self.now_s() - before_s
             self._samples.append(sample)
         return sample
@@ -144,9 +160,9 @@ class ThreadSampler:
                 if not self._open:
                     return
             try:
-                self._take()
+                self._take(self._read if self._look is None else functools.partial(self._look, False))
             except Exception as error:
-                # Any driver error: it is told to whoever closes the window.
+                # A thread has nobody to raise to: whatever it was is told to whoever closes the window.
                 self._error = error
                 return
 
@@ -156,7 +172,7 @@ class ThreadSampler:
             return None
         deadline_s = self.now_s() + 3 * self._tick_s
         while self.now_s() < deadline_s and self._error is None:
-            sample = self._take()
+            sample = self._take(self._read)
             if sample.counter_j != seen.counter_j:
                 return sample
             time.sleep(self._tick_s / 50)
@@ -188,31 +204,25 @@ class SampledMeter(Meter):
         super().__init__(source, kind, intensity, synchronize=synchronize)
         self._sampler, self._limits, self._poll_s = sampler, limits, poll_s
         self._on_close = on_close
-        self.tick_s = limits.tick_s
+
+    @property
+    def tick_s(self) -> float:
+        """Seconds between two changes of the counter: as seen, before the first window as it may be at most."""
+        return self._sampler.seen_tick_s or self._limits.tick_s
 
     def now_s(self) -> float:
         """The sampler's clock, seconds."""
         return self._sampler.now_s()
 
     def _open(self, poll_s: float | None) -> float:
-        try:
-            self._sampler.start(poll_s or self._poll_s)
-            return self._sampler.busy_s
-        except MeterError:
-            raise
-        except Exception as error:
-            raise MeterUnavailable(f"the meter must answer, got {error}; try another energy.meter") from error
+        self._sampler.start(poll_s or self._poll_s)
+        return self._sampler.busy_s
 
     def _measure(self, window: Window, opened: float, start_s: float, end_s: float) -> None:
         busy_s = self._sampler.busy_s - opened
-        try:
-            samples = self._sampler.stop(end_s)
-        except MeterError:
-            raise
-        except Exception as error:
-            raise MeterUnavailable(f"the meter must go on answering, got {error}; measure again") from error
+        samples = self._sampler.stop(end_s)
         window.tick_s = self._sampler.seen_tick_s or observed_tick_s(samples)
-        max_gap_s = max(0.5, 5 * self._poll_s)
+        max_gap_s = max(MAX_POWER_GAP_S, 5 * self._poll_s)
         for field in sorted({name for s in samples for name in s.power_w}):
             joules = integrated_power(samples, field, start_s, end_s, max_gap_s)
             if joules is not None:

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvquant.errors import CounterJumped, CounterReset, CounterStalled, ReadingLate
+
+# What a reading of a power field is the mean of, seconds before it (nvml.h on NVML_FI_DEV_POWER_AVERAGE); a field
+# that is not here is a single look.
+AVERAGED_S = {"average": 1.0}
+# A window shorter than so many of them has too little of its own in such a field.
+MIN_MEANS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +97,22 @@ def unwrapped(samples: Sequence[Sample], limits: CounterLimits) -> list[tuple[fl
 def _ticks(points: Sequence[tuple[float, float]], tick_s: float) -> list[tuple[float, float]]:
     """When the total changed: halfway between the reading before and the one that saw it, but within a tick of that.
 
+    A tick between readings far apart is taken from the next one, if that was seen more closely: one tick before it.
     The first point stands for a tick that nobody saw.
     """
-    seen = [
-        (t1 - min(t1 - t0, tick_s) / 2, y1) for (t0, y0), (t1, y1) in itertools.pairwise(points) if y1 != y0
-    ]
-    return [points[0], *seen]
+    seen: list[tuple[float, float]] = []
+    next_s, next_doubt_s = math.inf, math.inf
+    for (t0, y0), (t1, y1) in itertools.pairwise(reversed(points)):
+        if y0 == y1:
+            continue
+        # Backwards in time: t0 saw the change, t1 is the reading before it.
+        doubt_s = min(t0 - t1, tick_s)
+        at_s = t0 - doubt_s / 2
+        if next_doubt_s < doubt_s and abs(next_s - tick_s - at_s) <= doubt_s / 2:
+            at_s, doubt_s = next_s - tick_s, next_doubt_s
+        seen.append((at_s, y0))
+        next_s, next_doubt_s = at_s, doubt_s
+    return [points[0], *reversed(seen)]
 
 
 def observed_tick_s(samples: Sequence[Sample]) -> float | None:
@@ -180,6 +197,9 @@ def integrated_power(
 ) -> float | None:
     """Joules by the trapezoid rule over one field of polled power; None when it was not polled densely enough.
 
+    Readings of a field that is itself a mean over the time before (:data:`AVERAGED_S`) hold what went before the
+    window at first. Those are left out, and the window is charged at the mean power of the rest.
+
     Args:
         samples: in order of time.
         field: ``instant`` or ``average``.
@@ -190,6 +210,16 @@ def integrated_power(
     points = [(s.time_s, s.power_w[field]) for s in samples if field in s.power_w]
     if not points:
         return None
+    lead_s = AVERAGED_S.get(field, 0.0)
+    if end_s - start_s >= MIN_MEANS * lead_s > 0:
+        rest_j = _trapezoid(points, start_s + lead_s, end_s, max_gap_s)
+        return None if rest_j is None else rest_j * (end_s - start_s) / (end_s - start_s - lead_s)
+    return _trapezoid(points, start_s, end_s, max_gap_s)
+
+
+def _trapezoid(
+    points: Sequence[tuple[float, float]], start_s: float, end_s: float, max_gap_s: float
+) -> float | None:
     inside = [(t, w) for t, w in points if start_s < t < end_s]
     path = [(start_s, _at(points, start_s)), *inside, (end_s, _at(points, end_s))]
     if any(b[0] - a[0] > max_gap_s for a, b in itertools.pairwise(path)):

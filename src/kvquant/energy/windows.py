@@ -114,10 +114,12 @@ class Meter(abc.ABC):
     Attributes:
         windows: the closed windows by name, oldest first.
         identity: what is metered: the device's name and UUID, and who else uses it.
-        tick_s: the longest a reading may be old, seconds; 0 where readings are always fresh.
+        open_s: seconds that opening it took, without ``library_s``; None: nobody measured.
+        library_s: seconds that CodeCarbon itself took to start.
     """
 
-    tick_s = 0.0
+    open_s: float | None = None
+    library_s = 0.0
 
     def __init__(
         self,
@@ -158,6 +160,11 @@ class Meter(abc.ABC):
                     # The work is done and matters more: its joules are missing, and the window says why.
                     window.failure = error
                 self.windows.setdefault(name, []).append(window)
+
+    @property
+    def tick_s(self) -> float:
+        """The longest a reading may be old, seconds; 0 where readings are always fresh."""
+        return 0.0
 
     def now_s(self) -> float:
         """The meter's clock, seconds."""
@@ -217,7 +224,7 @@ class MeterWithBeside(Meter):
     def __init__(self, main: Meter, beside: dict[str, Meter]) -> None:
         super().__init__(main.source, main.kind, main.intensity)
         self._main, self._beside = main, beside
-        self.identity, self.windows, self.tick_s = main.identity, main.windows, main.tick_s
+        self.identity, self.windows = main.identity, main.windows
 
     @contextlib.contextmanager
     def window(self, name: str, *, poll_s: float | None = None) -> Iterator[Window]:
@@ -234,6 +241,11 @@ class MeterWithBeside(Meter):
         finally:
             if window is not None:
                 window.beside_j = {k: w.energy_j for k, w in inner.items() if w.energy_j is not None}
+
+    @property
+    def tick_s(self) -> float:
+        """The main meter's tick, seconds."""
+        return self._main.tick_s
 
     def now_s(self) -> float:
         """The main meter's clock, seconds."""

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvquant.calibration import Calibration, exact_calibration
@@ -33,19 +32,20 @@ from kvquant.energy.windows import MEASURED, Meter, Window
 from kvquant.errors import MeterError
 from kvquant.tasks.energy_loads import (
     PREFILL,
+    TOO_LARGE,
+    LoadShelf,
+    ModelLoad,
     Point,
-    is_too_large,
     matrix_load,
-    model_load,
-    release,
     uniform_prompts,
 )
 from kvquant.tasks.energy_summary import compare_point, energy_table, fleet_table, summarize_variant
 from kvquant.tasks.setup import Workbench, open_workbench, progress
 
 EXACT = "none"
-# Multiples of one window: loads that differ enough for a line.
-LOAD_STEPS = (1.0, 1.3, 1.6, 1.9, 2.2, 2.5)
+# Multiples of one window: loads that differ enough for a line. The least is more than one, because a load that is
+# counted, not timed, may run faster than when its count was found, and a window short of its least length is invalid.
+LOAD_STEPS = (1.1, 1.35, 1.6, 1.85, 2.1, 2.35)
 # A product of this size takes about a millisecond on a data-centre GPU, and on a CPU.
 MATRIX_SIZE = {"cuda": 8192, "cpu": 512}
 
@@ -58,15 +58,12 @@ def run(cfg: Any, context: Any) -> None:
         context: see :class:`kvquant.tasks.run_task.TaskContext`.
     """
     task, metrics = cfg.task, context.record.metrics
-    # First, so that a meter that does not answer costs seconds and not the minutes before it is needed.
-    if context.device.type == "cuda":
-        torch.cuda.init()  # not the meter's time
-    before_s = time.perf_counter()
     meter: Meter = context.meter
     metrics["meter"] = {
         "source": meter.source,
         "kind": meter.kind,
-        "open_s": time.perf_counter() - before_s,
+        "open_s": meter.open_s,
+        "open_codecarbon_s": meter.library_s,
         "systematic_percent": SYSTEMATIC_PERCENT if meter.kind == MEASURED else None,
         **meter.identity,
     }
@@ -152,16 +149,17 @@ def _agreement(
     with context.console.status("warming up"):
         for index, (batch, length) in enumerate(sizes):
             point = Point(PREFILL, batch, length)
-            prompts = uniform_prompts(stream, batch, length)
+            shelf = _shelf(bench, context.device, {EXACT: exact}, point, stream)
             try:
-                with model_load(bench, exact, point, prompts, task.decode_steps) as work:
+                with shelf.ready(EXACT) as work:
                     filled = fill_window(meter, "warm-up", work, window_s=task.warmup_s)
                 break
-            except Exception as error:
+            except TOO_LARGE:
                 # The largest that fits; where not even the smallest does there is nothing to measure.
-                if not is_too_large(error) or index == len(sizes) - 1:
+                if index == len(sizes) - 1:
                     raise
-                release(context.device)
+            finally:
+                shelf.clear()
     log.add(filled.window, filled.repetitions)
     return {
         **dataclasses.asdict(point),
@@ -183,7 +181,7 @@ def _known_load(
         return {"skipped": "an estimate is proportional to time by construction"}
     work = matrix_load(context.device, task.load_size or MATRIX_SIZE[context.device.type])
     first = fill_window(meter, "load warm-up", work, window_s=task.window_s)
-    counts = [round(step * first.repetitions) for step in LOAD_STEPS]
+    counts = [math.ceil(step * first.repetitions) for step in LOAD_STEPS]
     rng.shuffle(counts)
     joules: list[float] = []
     faults: list[str] = []
@@ -219,48 +217,50 @@ def _sweep(
     log: _WindowLog,
 ) -> list[dict[str, Any]]:
     task = bench.cfg.task
-    points = [
-        Point(phase, batch, length)
-        for phase in task.phases
-        for batch in task.batch_sizes
-        for length in task.prompt_tokens
-    ]
-    turns = [
-        (point, name)
-        for point in points
-        for names in counterbalanced_rounds(list(variants), task.windows, rng)
-        for name in names
-    ]
+    cells = [(p, b, n) for p in task.phases for b in task.batch_sizes for n in task.prompt_tokens]
+    points = [Point(*cell) for cell in cells]
+    rounds = {point: counterbalanced_rounds(list(variants), task.windows, rng) for point in points}
+    turns = [(point, name) for point in points for names in rounds[point] for name in names]
     filled: dict[tuple[Point, str], list[FilledWindow]] = {}
     too_large: dict[tuple[Point, str], str] = {}
+    shelf: tuple[Point, LoadShelf] | None = None
     for point, name in progress(context.console)(turns, "energy windows", len(turns)):
         if (point, name) in too_large:
             continue
-        prompts = uniform_prompts(stream, point.batch, point.prompt_tokens)
+        if shelf is None or shelf[0] != point:
+            if shelf is not None:
+                shelf[1].clear()
+            shelf = point, _shelf(bench, context.device, variants, point, stream)
+        delay_s = rng.uniform(0, MAX_PHASE_DELAY_S)
         try:
-            with model_load(bench, variants[name], point, prompts, task.decode_steps) as work:
-                delay_s = rng.uniform(0, MAX_PHASE_DELAY_S)
+            with shelf[1].ready(name) as work:
                 one = fill_window(meter, point.phase, work, window_s=task.window_s, delay_s=delay_s)
-        except Exception as error:
-            if not is_too_large(error):
-                raise
+        except TOO_LARGE as error:
             too_large[point, name] = str(error).splitlines()[0]
-            release(context.device)
+            shelf[1].clear()
             continue
         log.add(one.window, one.repetitions, variant=name, **dataclasses.asdict(point))
         filled.setdefault((point, name), []).append(one)
     out = []
     for point in points:
-        cells: dict[str, Any] = {}
+        summaries: dict[str, Any] = {}
         for name in variants:
             if (point, name) in too_large:
-                cells[name] = {"does_not_fit": too_large[point, name]}
+                summaries[name] = {"does_not_fit": too_large[point, name]}
             else:
                 tokens = point.tokens(task.decode_steps)
                 mig = bool(meter.identity.get("mig"))
-                cells[name] = summarize_variant(filled[point, name], tokens, idle.power_w, mig=mig)
-        out.append({**dataclasses.asdict(point), "variants": cells, **compare_point(cells, EXACT)})
+                summaries[name] = summarize_variant(filled[point, name], tokens, idle.power_w, mig=mig)
+        out.append({**dataclasses.asdict(point), "variants": summaries, **compare_point(summaries, EXACT)})
     return out
+
+
+def _shelf(
+    bench: Workbench, device: Any, variants: dict[str, Calibration], point: Point, stream: Tensor
+) -> LoadShelf:
+    prompts = uniform_prompts(stream, point.batch, point.prompt_tokens)
+    steps = bench.cfg.task.decode_steps
+    return LoadShelf(lambda name: ModelLoad(bench, variants[name], point, prompts, steps), device)
 
 
 def _outside_meter() -> dict[str, Any]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvquant.calibration import Calibration
+from kvquant.errors import PoolExhausted
 from kvquant.models import QuantizedCache, quantized_kv_cache
 from kvquant.tasks.setup import Workbench
 
 PREFILL, DECODE = "prefill", "decode"
+# What a point raises whose cache, or the model's work on it, does not fit the memory.
+TOO_LARGE = (PoolExhausted, torch.OutOfMemoryError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,45 +39,110 @@ def uniform_prompts(stream: Tensor, batch: int, length: int) -> list[Tensor]:
     return list(stream.repeat(repeats)[:needed].split(length))
 
 
-@contextlib.contextmanager
-def model_load(
-    bench: Workbench, calibration: Calibration, point: Point, prompts: list[Tensor], decode_steps: int
-) -> Iterator[Callable[[], None]]:
-    """Yield one repetition of the point's work, everything around it done: cache allocated, kernels compiled.
+class ModelLoad:
+    """One point's work for one method, everything around it done: cache allocated and, for decoding, filled.
 
     A prefill fills an emptied cache. Decoding starts from a filled one, whose new tokens are dropped afterwards, so
-    that every repetition sees the same lengths.
+    that every repetition sees the same lengths. It can be kept and used for several windows.
+
+    Args:
+        bench: the loaded model.
+        calibration: of the method.
+        point: batch, length and phase.
+        prompts: one per sequence.
+        decode_steps: tokens per sequence in one repetition of decoding.
 
     Raises:
-        PoolExhausted: the caches do not fit the memory.
+        PoolExhausted: the cache does not fit the memory.
     """
-    with quantized_kv_cache(bench.model, calibration) as kv:
-        settings = bench.cache_settings()
-        if settings["num_blocks"] is None and settings["memory_budget_gib"] is None:
-            per_sequence = -(-(point.prompt_tokens + decode_steps) // settings["block_size"])
-            settings["num_blocks"] = point.batch * per_sequence
-        cache: QuantizedCache = kv.new_cache(max_sequences=point.batch, **settings)
+
+    def __init__(
+        self,
+        bench: Workbench,
+        calibration: Calibration,
+        point: Point,
+        prompts: list[Tensor],
+        decode_steps: int,
+    ) -> None:
+        self._model, self._calibration, self._steps = bench.model, calibration, decode_steps
         # Ids go to the device once: moving them is no part of the work.
         device = next(bench.model.parameters()).device
-        ids = [prompt.to(device) for prompt in prompts]
+        self._ids = [prompt.to(device) for prompt in prompts]
+        with quantized_kv_cache(bench.model, calibration) as kv:
+            settings = bench.cache_settings()
+            if settings["num_blocks"] is None and settings["memory_budget_gib"] is None:
+                per_sequence = -(-(point.prompt_tokens + decode_steps) // settings["block_size"])
+                settings["num_blocks"] = point.batch * per_sequence
+            self._cache: QuantizedCache = kv.new_cache(max_sequences=point.batch, **settings)
+            self._first = self._cache.append(self._ids).argmax(-1)
+        self._repetition = self._prefill if point.phase == PREFILL else self._decode
 
-        def prefill() -> None:
-            cache.reset()
-            cache.append(ids)
+    def _prefill(self) -> None:
+        self._cache.reset()
+        self._cache.append(self._ids)
 
-        def decode() -> None:
-            tokens = first
-            for _ in range(decode_steps):
-                tokens = cache.append(list(tokens[:, None])).argmax(-1)
-            cache.crop(-decode_steps)
+    def _decode(self) -> None:
+        tokens = self._first
+        for _ in range(self._steps):
+            tokens = self._cache.append(list(tokens[:, None])).argmax(-1)
+        self._cache.crop(-self._steps)
 
-        if point.phase == PREFILL:
-            prefill()
-            yield prefill
-        else:
-            first = cache.append(ids).argmax(-1)
-            decode()
-            yield decode
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[Callable[[], None]]:
+        """Yield one repetition of the work, kernels compiled and device warm, the model hooked meanwhile."""
+        with quantized_kv_cache(self._model, self._calibration):
+            self._repetition()
+            yield self._repetition
+
+
+class LoadShelf:
+    """Loads of one point, one per method, kept from window to window as long as all fit the memory.
+
+    Filling a cache of a large batch takes as long as a prefill: once per method instead of once per window.
+
+    Args:
+        make: makes one method's load.
+        device: whose memory they take.
+    """
+
+    def __init__(self, make: Callable[[str], ModelLoad], device: torch.device) -> None:
+        self._make, self._device = make, device
+        self._loads: dict[str, ModelLoad] = {}
+        self._keep = True
+
+    @contextlib.contextmanager
+    def ready(self, name: str) -> Iterator[Callable[[], None]]:
+        """Yield one repetition of a method's work, see :meth:`ModelLoad.ready`.
+
+        Raises:
+            PoolExhausted, torch.OutOfMemoryError: it does not fit the memory, not even alone.
+        """
+        with contextlib.ExitStack() as stack:
+            work = None
+            try:
+                work = self._enter(stack, name)
+            except TOO_LARGE:
+                if not self._loads.keys() - {name}:
+                    raise
+            # Outside of the handler, whose traceback would keep the failed attempt's tensors alive.
+            if work is None:
+                self._keep = False
+                self.clear()
+                work = self._enter(stack, name)
+            yield work
+        if not self._keep:
+            self.clear()
+
+    def _enter(self, stack: contextlib.ExitStack, name: str) -> Callable[[], None]:
+        if name not in self._loads:
+            self._loads[name] = self._make(name)
+        return stack.enter_context(self._loads[name].ready())
+
+    def clear(self) -> None:
+        """Give all memory back, so that what comes next starts from the same state."""
+        self._loads.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def matrix_load(device: torch.device, size: int) -> Callable[[], None]:
@@ -92,14 +159,3 @@ def matrix_load(device: torch.device, size: int) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return multiply
-
-
-def is_too_large(error: Exception) -> bool:
-    """Whether a point failed because its cache, or the model's work on it, does not fit the memory."""
-    return type(error).__name__ in ("PoolExhausted", "OutOfMemoryError")
-
-
-def release(device: Any) -> None:
-    """Give freed memory back, so that the next point starts from the same state."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
