@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -64,6 +65,51 @@ def test_prefill_reports_quality_memory_time_and_energy(run, tmp_path) -> None:
     assert len(result["provenance"]["model_hash"]) == len(result["provenance"]["data_hash"]) == 64
     assert {"bytes.png", "times.png", "divergence.png"} == set(result["figures"])
     assert all((tmp_path / name).stat().st_size > 5000 for name in result["figures"])
+
+
+RESUMED = {
+    # The task's command, and the function that is called once per item.
+    "prefill": (["batch.num_prompts=3", "task.repeats=4"], "_one_pass"),
+    "generate": (["task.max_new_tokens=4", "task.prompt_tokens=20", "task.count=3"], "_continue"),
+    "serve_trace": (
+        ["task.num_requests=4", "task.generated_quantiles=[1,2,2,2,3,3,3,4,4,4,6]"],
+        "replay",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", RESUMED)
+def test_a_task_that_was_stopped_keeps_what_it_had_finished(run, tmp_path, monkeypatch, task) -> None:
+    options, step = RESUMED[task]
+    module = importlib.import_module(f"kvquant.tasks.{task}")
+    real, calls = getattr(module, step), []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6 - 2 * (task != "prefill"):
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, step, stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(f"task={task}", *options)
+    monkeypatch.setattr(module, step, real)
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("items/*/*.item.json")}
+    assert finished and load_result(tmp_path)["status"] == "interrupted"
+    resumed = run(f"task={task}", *options)
+    assert resumed["provenance"]["resumed_items"] == len(finished)
+    assert all(path.stat().st_mtime_ns == then for path, then in finished.items()), "measured again"
+    # The same command in the same folder, now that it had finished, begins from nothing.
+    whole = run(f"task={task}", *options)
+    assert whole["provenance"]["resumed_items"] == 0
+    deterministic = {
+        "prefill": ("quality", "memory", "capacity", "batch"),
+        "generate": ("tokens", "equal_tokens", "equal_tokens_mean", "effective_bits"),
+        "serve_trace": ("requests", "rules"),
+    }
+    for name in deterministic[task]:
+        assert resumed["metrics"][name] == whole["metrics"][name]
+    assert resumed["figures"] == whole["figures"] and resumed["table"]["columns"] == whole["table"]["columns"]
 
 
 def test_prefill_with_exact_reads_does_not_claim_quality(run) -> None:

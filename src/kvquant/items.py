@@ -1,89 +1,108 @@
-"""What a task has finished so far, item by item, so that a run that is stopped goes on where it was.
+"""Finished items of a task (a window, a question, a repeat), so that work that was stopped goes on where it was.
 
-A line of items.<fingerprint>.jsonl is one finished item (a prompt, a document, a batch of windows). The line is the
-commit: one that a kill cut short is dropped when the file is read again, and large arrays lie in a file of their own
-that is whole before its line is written.
+An item is a file of its own that is whole or absent. The folder around it is named by a hash of everything the item
+depends on - code, settings, model, text, device - so that nothing of another kind is ever found; ``identity.json``
+says what it was. A run keeps items of its own in its folder (`TaskContext.items`); tasks whose items mean the same in
+any run share one folder, ``task.items_dir``. Several processes may commit to one folder: items of one key are equal.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 from kvquant.errors import ResultError
+from kvquant.provenance import code_hash
 
 if TYPE_CHECKING:
     import numpy as np
 
+_SUFFIX = ".item.json"
+
+
+@functools.cache
+def _code() -> str:
+    """The code in memory: what lies on the disk may be edited while a task runs."""
+    return code_hash()
+
+
+def short_hash(value: Any) -> str:
+    """Sixteen hex digits of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
 
 class Item(NamedTuple):
-    """A finished item: plain numbers and text, and arrays by name (empty where there are none)."""
+    """A finished item: plain JSON, and arrays by name (empty where there are none)."""
 
     values: dict[str, Any]
     arrays: dict[str, np.ndarray]
 
 
 class ItemStore:
-    """Finished items of one run directory, kept across interruptions.
+    """Finished items of one identity.
 
-    An item must not depend on what items before it left behind (a random state, a cache): seed by its key, then a run
-    that was stopped ends with the same numbers as one that was not.
+    An item must not depend on what items before it left behind (a random state, a cache): seed by its key, then work
+    that was stopped ends with the same numbers as work that was not.
 
     Args:
-        run_dir: folder of the run.
-        identity: what makes items of two runs comparable: hashes of configuration, code, model and data, the device.
-            Items of another identity lie in files of their own and are left alone.
-        fresh: whether to forget items of the same identity (the run that made them had finished).
+        directory: holds a folder per identity.
+        identity: what every item depends on, as JSON; a hash of this package's sources is added.
+        fresh: whether to forget items of this identity (the run that made them had finished).
+
+    Attributes:
+        folder: where the items lie.
+        resumed: how many were there at first.
+        found: how many were asked for and there.
+        computed: how many were committed here.
 
     Raises:
-        ResultError: the folder cannot be read or written.
+        ResultError: the folder cannot be written.
     """
 
-    def __init__(self, run_dir: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> None:
-        canonical = json.dumps(identity, sort_keys=True, default=str)
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:12]
-        self.path = Path(run_dir) / f"items.{self.fingerprint}.jsonl"
-        self._arrays_dir = Path(run_dir) / f"items.{self.fingerprint}"
-        self._lines: dict[str, dict[str, Any]] = {}
+    def __init__(self, directory: str | Path, identity: Mapping[str, Any], *, fresh: bool = False) -> None:
+        identity = {**identity, "code": _code()}
+        self.folder = Path(directory).expanduser() / short_hash(identity)
+        self.found = self.computed = 0
         try:
             if fresh:
-                self.path.unlink(missing_ok=True)
-            self._read()
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "identity.json").exists():
+                self._write("identity.json", identity)
         except OSError as error:
             raise self._unwritable(error) from error
-        # How many were there already: what a resumed run saved.
-        self.resumed = len(self._lines)
-
-    def _read(self) -> None:
-        try:
-            text = self.path.read_bytes()
-        except FileNotFoundError:
-            return
-        whole, newline, cut = text.rpartition(b"\n")
-        for line in whole.splitlines():
-            entry = json.loads(line)
-            self._lines[entry["key"]] = entry
-        if cut:
-            # The next commit would otherwise be glued to half a line.
-            with open(self.path, "r+b") as file:
-                file.truncate(len(whole) + len(newline))
+        self.resumed = len(self)
 
     def __contains__(self, key: object) -> bool:
-        return str(key) in self._lines
+        return self._path(key).exists()
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return sum(1 for _ in self.folder.glob(f"*{_SUFFIX}"))
 
     def get(self, key: str | int) -> Item | None:
-        """Return a finished item, None when it is not finished."""
-        entry = self._lines.get(str(key))
-        if entry is None:
+        """Return a finished item, None when it is not finished.
+
+        Raises:
+            ResultError: its file was damaged by something else.
+        """
+        path = self._path(key)
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            item = Item(entry["values"], self._load_arrays(entry["arrays"]))
+        except FileNotFoundError:
             return None
-        return Item(entry["values"], self._load_arrays(entry["arrays"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ResultError(f"{path} must be an item, got {error}; delete it and run again") from error
+        self.found += 1
+        return item
 
     def commit(
         self, key: str | int, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None
@@ -91,32 +110,27 @@ class ItemStore:
         """Store a finished item; when this returns it survives a kill.
 
         Args:
-            key: what the item is called in this run.
+            key: what the item is called among those of its identity.
             values: plain JSON; floats come back bit by bit, NaN and infinity too.
             arrays: NumPy arrays too large for text.
 
         Returns:
-            The item as `get` would return it, so that a run that was not stopped computes with the same numbers.
+            The item as `get` would return it, so that work that was not stopped computes with the same numbers.
 
         Raises:
-            ResultError: the key is taken, or the folder is full or read-only.
+            ResultError: the folder is full or read-only.
         """
-        key = str(key)
-        if key in self._lines:
-            raise ResultError(f"an item must be committed once, got {key!r} again; ask `key in items` first")
-        entry: dict[str, Any] = {"key": key, "values": values, "arrays": None}
+        name = self._path(key).name
+        entry = {"key": str(key), "values": values, "arrays": None}
         try:
             if arrays:
-                entry["arrays"] = self._save_arrays(arrays)
-            line = json.dumps(entry, separators=(",", ":"))
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
-                file.flush()
-                os.fsync(file.fileno())
+                # First, so that whoever finds the item finds its arrays.
+                entry["arrays"] = self._save_arrays(name.removesuffix(_SUFFIX), arrays)
+            text = self._write(name, entry)
         except OSError as error:
             raise self._unwritable(error) from error
-        self._lines[key] = json.loads(line)
-        return Item(self._lines[key]["values"], dict(arrays or {}))
+        self.computed += 1
+        return Item(json.loads(text)["values"], dict(arrays or {}))
 
     def run(
         self,
@@ -136,26 +150,55 @@ class ItemStore:
                 item = self.commit(key, *made) if isinstance(made, tuple) else self.commit(key, made)
             yield item
 
-    def _save_arrays(self, arrays: Mapping[str, np.ndarray]) -> str:
+    def batch(
+        self, keys: Sequence[str], compute: Callable[[], Iterable[Mapping[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """Return the values of items that are computed together, all of them anew when one is not finished.
+
+        Args:
+            keys: of the batch.
+            compute: returns the values of every key, in order.
+        """
+        if not all(key in self for key in keys):
+            return [self.commit(key, values).values for key, values in zip(keys, compute(), strict=True)]
+        found = [self.get(key) for key in keys]
+        return [item.values for item in found if item is not None]
+
+    def _path(self, key: object) -> Path:
+        return self.folder / f"{quote(str(key), safe='')}{_SUFFIX}"
+
+    def _write(self, name: str, value: Any) -> str:
+        text = json.dumps(value, separators=(",", ":"))
+        temporary = self.folder / f".{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return text
+
+    def _save_arrays(self, stem: str, arrays: Mapping[str, np.ndarray]) -> str:
         import numpy as np
         from safetensors.numpy import save_file
 
-        self._arrays_dir.mkdir(parents=True, exist_ok=True)
-        path = self._arrays_dir / f"{len(self._lines):06d}.safetensors"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
-        os.replace(temporary, path)
-        return path.name
+        name = f"{stem}.safetensors"
+        temporary = self.folder / f".{uuid.uuid4().hex}.tmp"
+        save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, temporary)
+        os.replace(temporary, self.folder / name)
+        return name
 
     def _load_arrays(self, name: str | None) -> dict[str, np.ndarray]:
         if name is None:
             return {}
         from safetensors.numpy import load_file
 
-        return dict(load_file(self._arrays_dir / name))
+        return dict(load_file(self.folder / name))
 
     def _unwritable(self, error: OSError) -> ResultError:
         return ResultError(
-            f"{self.path} must be writable, got {error.strerror or error}; free some space and run again in the "
-            "same folder"
+            f"{self.folder} must be writable, got {error.strerror or error}; free some space or choose another folder, "
+            "and run again"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +11,28 @@ from kvquant.report.style import COLOURS, figure
 from kvquant.serving.replay import Replay
 
 
-def draw_serve_figure(replays: dict[str, Replay], path: Path) -> Path:
+def serve_curves(result: Replay) -> dict[str, np.ndarray]:
+    """What the figure shows of a replay: ``end_s`` and ``held`` by step, ``ttft_s`` of every request."""
+    return {
+        "end_s": np.array([step.end_s for step in result.steps]),
+        "held": np.array([step.held for step in result.steps]),
+        "ttft_s": np.array([outcome.ttft_s for outcome in result.outcomes]),
+    }
+
+
+def draw_serve_figure(curves: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> Path:
     """Draw one line per cache.
 
     Args:
-        replays: by name, ``exact`` and ``quantized``.
+        curves: `serve_curves` by name, ``exact`` and ``quantized``.
         path: where to save.
     """
     with figure(path, 7.0, 2.8, columns=2) as axes:
-        for name, result in replays.items():
-            end_s = [step.end_s for step in result.steps]
+        for name, curve in curves.items():
             axes[0].step(
-                end_s, [s.held for s in result.steps], where="pre", color=COLOURS[name], label=f"{name} cache"
+                curve["end_s"], curve["held"], where="pre", color=COLOURS[name], label=f"{name} cache"
             )
-            ttft_s = np.sort([outcome.ttft_s for outcome in result.outcomes])
+            ttft_s = np.sort(curve["ttft_s"])
             share = np.arange(1, len(ttft_s) + 1) / len(ttft_s)
             axes[1].step(ttft_s, share, where="post", color=COLOURS[name])
         axes[0].set_xlabel("s of work")

@@ -1,12 +1,13 @@
 """``task=compare``: many ways of storing keys and values over the same tokens, with intervals, bytes and pass keys.
 
 One process: the exact model reads every window once, and all methods are compared with it and, paired, with each
-other. Finished items are kept (`kvquant.tasks.items`): a killed run started again computes only what is missing.
+other. Finished items are kept (`kvquant.items`): a killed run started again computes only what is missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from kvquant.calibration import Calibration, exact_calibration
 from kvquant.data.synthetic import passkey_prompts
+from kvquant.items import ItemStore
 from kvquant.report.compare_figure import draw_quality
 from kvquant.spec import QuantSpec
 from kvquant.tasks.compare_table import Row, summarise
-from kvquant.tasks.items import ItemStore
-from kvquant.tasks.passkey import answered
+from kvquant.tasks.passkey import correctness
 from kvquant.tasks.quality import Window, compare_window, exact_logits, run_cache, windows_of
 from kvquant.tasks.questions import item_key, save_json
 from kvquant.tasks.setup import Workbench, open_workbench, progress
@@ -121,9 +122,9 @@ def _measure_window(bench: Workbench, window: Window, rows: list[_Row]) -> None:
             if item is None:
                 if exact is None:
                     exact = exact_logits(bench, [window.token_ids])
-                item = compare_window(window, exact, run_cache(bench, source.calibration, [window.token_ids]))
-                source.store.put(f"window-{window.name}", item)
-            source.windows.append(item)
+                run = run_cache(bench, source.calibration, [window.token_ids])
+                item = source.store.commit(f"window-{window.name}", compare_window(window, exact, run))
+            source.windows.append(item.values)
 
 
 def _passkeys(bench: Workbench, task: Any, seed: int) -> Iterator[tuple[str, Tensor, int]]:
@@ -143,13 +144,8 @@ def _batches(items: list[Any], size: int) -> list[list[Any]]:
 
 def _measure_passkeys(bench: Workbench, batch: list[tuple[str, Tensor, int]], rows: list[_Row]) -> None:
     """Greedy decoding emits an answer iff each of its tokens is the most likely after the true ones before it."""
-    answer = batch[0][2]
+    names, ids, answer = [name for name, _, _ in batch], [ids for _, ids, _ in batch], batch[0][2]
     for row in rows:
         for source in row.sources:
-            found = [source.store.get(name) for name, _, _ in batch]
-            if any(item is None for item in found):
-                right = answered(bench, source.calibration, [ids for _, ids, _ in batch], answer)
-                found = [{"correct": x} for x in right]
-                for (name, _, _), item in zip(batch, found, strict=True):
-                    source.store.put(name, item)  # type: ignore[arg-type]
-            source.passkeys += [bool(item["correct"]) for item in found if item is not None]
+            compute = functools.partial(correctness, bench, source.calibration, ids, answer)
+            source.passkeys += [bool(item["correct"]) for item in source.store.batch(names, compute)]

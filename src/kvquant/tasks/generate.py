@@ -28,8 +28,9 @@ def run(cfg: Any, context: Any) -> None:
     task = cfg.task
     prompts = _prompts(bench, task)
     variants = {"exact": exact_calibration(bench.shape), "quantized": bench.calibration()}
-    records: list[dict[str, Any]] = []
-    for ids in progress(context.console)(prompts, "generate", len(prompts)):
+
+    def measure(index: int) -> dict[str, Any]:
+        ids = prompts[index]
         if not 1 <= len(ids) <= bench.context - task.max_new_tokens:
             raise DataError(
                 f"prompt and new tokens must be 1 to {bench.context} (the model's context), got {len(ids)} + "
@@ -39,18 +40,20 @@ def run(cfg: Any, context: Any) -> None:
         for name, calibration in variants.items():
             tokens[name], bits[name] = _continue(bench, calibration, ids, task.max_new_tokens)
         same = equal_length(tokens["exact"], tokens["quantized"])
-        records.append(
-            {
-                "prompt_tokens": len(ids),
-                "equal_tokens": same,
-                "diverged": tokens["exact"] != tokens["quantized"],
-                # What each would say next where they part; null when one has ended or they never do.
-                "first_diverging": [_text_at(bench, tokens[name], same) for name in variants],
-                "effective_bits": bits,
-                "tokens": tokens,
-                "texts": {name: bench.tokenizer.decode(tokens[name]) for name in variants},
-            }
-        )
+        return {
+            "prompt_tokens": len(ids),
+            "equal_tokens": same,
+            "diverged": tokens["exact"] != tokens["quantized"],
+            # What each would say next where they part; null when one has ended or they never do.
+            "first_diverging": [_text_at(bench, tokens[name], same) for name in variants],
+            "effective_bits": bits,
+            "tokens": tokens,
+            "texts": {name: bench.tokenizer.decode(tokens[name]) for name in variants},
+        }
+
+    # An item is a prompt: greedy, so that one that was cut short begins anew with the same tokens.
+    numbers = progress(context.console)(range(len(prompts)), "generate", len(prompts))
+    records = [item.values for item in context.items.run(numbers, measure)]
     save_json(context.run_dir / "items.json", records)
     equal = mean_interval([r["equal_tokens"] for r in records], [1] * len(records))
     whole = share_interval(sum(not r["diverged"] for r in records), len(records))

@@ -7,6 +7,7 @@ the most likely one after the true ones before it. With quantized reads that is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from torch import Tensor
 from kvquant.calibration import Calibration, exact_calibration
 from kvquant.data.synthetic import key_value_prompts, passkey_prompts
 from kvquant.errors import DataError
+from kvquant.items import ItemStore, short_hash
 from kvquant.statistics import holm, share_interval, sign_test
-from kvquant.tasks.items import ItemStore, short_hash
 from kvquant.tasks.quality import run_cache
 from kvquant.tasks.questions import item_key, save_json
 from kvquant.tasks.setup import Workbench, open_workbench, progress
@@ -87,13 +88,16 @@ def _right(
         batch = pairs[first : first + batch_size]
         ids = [torch.from_numpy(np.concatenate(pair)) for pair in batch]
         names = [f"passkey-{short_hash(x.tolist())}" for x in ids]
-        found = [store.get(name) for name in names]
-        if any(item is None for item in found):
-            found = [{"correct": x} for x in answered(bench, calibration, ids, len(batch[0][1]))]
-            for name, item in zip(names, found, strict=True):
-                store.put(name, item)  # type: ignore[arg-type]
-        out += [bool(item["correct"]) for item in found if item is not None]
+        compute = functools.partial(correctness, bench, calibration, ids, len(batch[0][1]))
+        out += [bool(item["correct"]) for item in store.batch(names, compute)]
     return out
+
+
+def correctness(
+    bench: Workbench, calibration: Calibration, ids: list[Tensor], answer_tokens: int
+) -> list[dict[str, bool]]:
+    """`answered` as items."""
+    return [{"correct": right} for right in answered(bench, calibration, ids, answer_tokens)]
 
 
 def answered(bench: Workbench, calibration: Calibration, ids: list[Tensor], answer_tokens: int) -> list[bool]:

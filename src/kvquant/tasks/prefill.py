@@ -1,4 +1,9 @@
-"""``task=prefill``, the main job: what quantizing the KV cache during the prefill of a real batch costs and saves."""
+"""``task=prefill``, the main job: what quantizing the KV cache during the prefill of a real batch costs and saves.
+
+Its items are the comparison of predictions and each repeat of the timing. A repeat measures both caches one after the
+other, so that the ratio of a pair never spans two processes; a job that is queued again measures the missing repeats
+after a warm-up of its own, and finished ones keep their numbers.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +54,7 @@ def run(cfg: Any, context: Any) -> None:
     metrics = context.record.metrics
     metrics["batch"] = {"prompts": len(lengths), "tokens": sum(lengths), "lengths": lengths}
     with context.console.status("comparing next-token distributions"):
-        comparison, metrics["memory"] = _compare(bench, variants, prompts)
+        comparison, metrics["memory"] = _compared(bench, context, variants, prompts)
     if cfg.cache.prefill_reads == "exact":
         # The prompt's own tokens were read exactly: nothing was compared.
         metrics["quality"] = {"skipped": "cache.prefill_reads=exact"}
@@ -73,6 +78,18 @@ def new_cache(bench: Workbench, kv: Any, prompts: list[Tensor]) -> QuantizedCach
         settings["num_blocks"] = sum(-(-(len(p) + extra) // size) for p in prompts)
     cache: QuantizedCache = kv.new_cache(max_sequences=len(prompts), **settings)
     return cache
+
+
+def _compared(
+    bench: Workbench, context: Any, variants: dict[str, Calibration], prompts: list[Tensor]
+) -> tuple[LogitComparison, dict[str, Any]]:
+    """`_compare` as an item."""
+    item = context.items.get("comparison")
+    if item is None:
+        comparison, memory = _compare(bench, variants, prompts)
+        arrays = {name: tensor.numpy() for name, tensor in vars(comparison).items()}
+        item = context.items.commit("comparison", memory, arrays)
+    return LogitComparison(**{name: torch.from_numpy(a) for name, a in item.arrays.items()}), item.values
 
 
 def _compare(
@@ -157,19 +174,21 @@ def _measure_times(
 ) -> dict[str, Any]:
     """Time to first token and decode speed, variants taking turns so that drift hits both alike."""
     meter = context.meter  # opened before the clock starts
-    timings: dict[str, list[_Timing]] = {name: [] for name in variants}
-    order = [
-        name
-        for r in range(bench.cfg.task.repeats)
-        for name in (variants if r % 2 == 0 else reversed(variants))
-    ]
-    for name in progress(context.console)(
-        [*variants, *order], "prefill and decode", len(order) + len(variants)
-    ):
-        with quantized_kv_cache(bench.model, variants[name]) as kv:
-            timings[name].append(_one_pass(bench, new_cache(bench, kv, prompts), prompts, meter))
-    for name in variants:
-        del timings[name][0]  # warm-up
+    warm = False
+
+    def measure(repeat: int) -> dict[str, Any]:
+        nonlocal warm
+        names = list(variants) if repeat % 2 == 0 else list(reversed(variants))
+        for name in [] if warm else names:
+            _one_pass(bench, variants[name], prompts, meter)
+        warm = True
+        return {name: dataclasses.asdict(_one_pass(bench, variants[name], prompts, meter)) for name in names}
+
+    repeats = progress(context.console)(
+        range(bench.cfg.task.repeats), "prefill and decode", bench.cfg.task.repeats
+    )
+    items = [item.values for item in context.items.run(repeats, measure)]
+    timings = {name: [_Timing(**item[name]) for item in items] for name in variants}
     decoded = bench.cfg.batch.decode_tokens * len(prompts)
     tokens = sum(len(p) for p in prompts)
     out: dict[str, Any] = {"prefill": {}, "decode": {}, "energy": {}}
@@ -194,17 +213,19 @@ def _measure_times(
     return out
 
 
-def _one_pass(bench: Workbench, cache: QuantizedCache, prompts: list[Tensor], meter: Any) -> _Timing:
+def _one_pass(bench: Workbench, calibration: Calibration, prompts: list[Tensor], meter: Any) -> _Timing:
     device = next(bench.model.parameters()).device
     store, ttft, decode, append = (Stopwatch(device) for _ in range(4))
-    cache.stopwatch = store
-    with meter.window("prefill") as prefill_window, ttft:
-        tokens = cache.append(prompts).argmax(-1)
-    cache.stopwatch = append
-    with meter.window("decode") as decode_window, decode:
-        for _ in range(bench.cfg.batch.decode_tokens):
-            # The ids stay on the device: [B] tokens as one packed row of B sequences.
-            tokens = cache.append(list(tokens[:, None])).argmax(-1)
+    with quantized_kv_cache(bench.model, calibration) as kv:
+        cache = new_cache(bench, kv, prompts)
+        cache.stopwatch = store
+        with meter.window("prefill") as prefill_window, ttft:
+            tokens = cache.append(prompts).argmax(-1)
+        cache.stopwatch = append
+        with meter.window("decode") as decode_window, decode:
+            for _ in range(bench.cfg.batch.decode_tokens):
+                # The ids stay on the device: [B] tokens as one packed row of B sequences.
+                tokens = cache.append(list(tokens[:, None])).argmax(-1)
     return _Timing(
         ttft.total_s,
         store.total_s,

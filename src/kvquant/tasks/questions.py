@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,9 +16,9 @@ from torch import Tensor
 from kvquant.batched_quant import method_class
 from kvquant.calibration import Calibration, exact_calibration
 from kvquant.errors import ConfigError, DataError
+from kvquant.items import ItemStore, short_hash
 from kvquant.models import quantized_kv_cache
 from kvquant.statistics import holm, mean_interval, share_interval, sign_test
-from kvquant.tasks.items import ItemStore, short_hash
 from kvquant.tasks.setup import Workbench, progress
 
 
@@ -125,18 +126,9 @@ def answer(cfg: Any, context: Any, bench: Workbench, items: Sequence[Item], titl
     batches = [list(items[i : i + size]) for i in range(0, len(items), size)]
     for batch in progress(context.console)(batches, "questions", len(batches)):
         for name, calibration in calibrations.items():
-            found = [stores[name].get(item.name) for item in batch]
-            if any(entry is None for entry in found):
-                longest = max(item.answer_tokens for item in batch)
-                answers = greedy(bench, calibration, [item.token_ids for item in batch], longest)
-                found = [
-                    {"text": bench.tokenizer.decode(tokens[: item.answer_tokens])}
-                    for item, tokens in zip(batch, answers, strict=True)
-                ]
-                for item, entry in zip(batch, found, strict=True):
-                    stores[name].put(item.name, entry)  # type: ignore[arg-type]
+            compute = functools.partial(_texts, bench, calibration, batch)
+            found = stores[name].batch([item.name for item in batch], compute)
             for item, entry in zip(batch, found, strict=True):
-                assert entry is not None
                 texts[name].append(entry["text"])
                 scores[name].append(item.score(entry["text"]))
     _report(context, items, scores, texts, title)
@@ -144,6 +136,15 @@ def answer(cfg: Any, context: Any, bench: Workbench, items: Sequence[Item], titl
         items_found=sum(s.found for s in stores.values()),
         items_computed=sum(s.computed for s in stores.values()),
     )
+
+
+def _texts(bench: Workbench, calibration: Calibration, batch: list[Item]) -> list[dict[str, Any]]:
+    longest = max(item.answer_tokens for item in batch)
+    answers = greedy(bench, calibration, [item.token_ids for item in batch], longest)
+    return [
+        {"text": bench.tokenizer.decode(tokens[: item.answer_tokens])}
+        for item, tokens in zip(batch, answers, strict=True)
+    ]
 
 
 def item_key(bench: Workbench, calibration: Calibration) -> dict[str, Any]:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 # Often enough to see a counter wrap or stop, seldom enough to disturb nothing that is timed.
 RUN_POLL_S = 1.0
 # Items of runs that differ in one of these are never put together.
-ITEM_IDENTITY = ("git_sha", "git_diff_sha256", "model_hash", "data_hash", "device")
+ITEM_IDENTITY = ("model_hash", "data_hash", "device")
 
 
 class TaskContext:
@@ -101,7 +101,7 @@ class TaskContext:
         provenance = self.record.provenance
         identity = {key: provenance.get(key) for key in ITEM_IDENTITY}
         store = ItemStore(
-            self.run_dir,
+            self.run_dir / "items",
             {**identity, "config_hash": config_hash(self.record.config)},
             fresh=self._fresh_items,
         )

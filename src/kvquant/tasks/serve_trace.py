@@ -2,6 +2,8 @@
 
 Both caches get the same bytes and the same rules: first come, first served, admitted by blocks, the newest preempted
 when blocks run out, finished sequences gone at once. Times are those of this machine; idle time is skipped.
+
+An item is the replay for one cache: requests share steps and blocks, so a replay that was cut short begins anew.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from kvquant.calibration import Calibration, exact_calibration
 from kvquant.data.prompts import cut_prompts
 from kvquant.data.requests import request_shapes
 from kvquant.models import QuantizedCache, quantized_kv_cache
-from kvquant.report.serve_figures import draw_serve_figure
+from kvquant.report.serve_figures import draw_serve_figure, serve_curves
 from kvquant.serving.replay import Replay, Request, replay
 from kvquant.serving.scheduler import AdmissionRules
 from kvquant.tasks.serve_table import serve_table
@@ -47,28 +49,36 @@ def run(cfg: Any, context: Any) -> None:
         "last_arrival_s": requests[-1].arrival_s,
     }
     metrics["rules"] = dataclasses.asdict(rules)
-    replays: dict[str, Replay] = {}
     with Progress(console=context.console, transient=True) as progress:
-        for name, calibration in variants.items():
-            with quantized_kv_cache(bench.model, calibration) as kv:
+
+        def measure(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+            with quantized_kv_cache(bench.model, variants[name]) as kv:
                 # Code that runs for the first time is slow, and only the first cache would pay for it.
                 replay(_new_cache(bench, kv, rules), [_short(r) for r in requests[:2]], rules)
                 cache = _new_cache(bench, kv, rules)
                 bar = progress.add_task(f"serving, {name} cache", total=len(requests))
                 with meter.window("serve") as window:
-                    replays[name] = replay(
+                    result = replay(
                         cache, requests, rules, on_finish=functools.partial(progress.advance, bar)
                     )
-                metrics[name] = {
-                    **_memory(cache, calibration),
-                    **_served(replays[name], requests),
+                measured = {
+                    **_memory(cache, variants[name]),
+                    **_served(result, requests),
                     **window.as_metrics(),
                 }
+            return measured, serve_curves(result)
+
+        replays = dict(zip(variants, context.items.run(variants, measure), strict=True))
+    metrics.update({name: item.values for name, item in replays.items()})
     metrics["concurrency_ratio"] = _ratio(metrics, "held_mean_memory_bound")
     metrics["concurrency_max_ratio"] = _ratio(metrics, "held_max")
     context.record.set_table(*serve_table(metrics, cfg))
     if cfg.task.figures:
-        context.record.add_figure(draw_serve_figure(replays, context.run_dir / "serving.png"))
+        context.record.add_figure(
+            draw_serve_figure(
+                {name: item.arrays for name, item in replays.items()}, context.run_dir / "serving.png"
+            )
+        )
 
 
 def _requests(bench: Workbench) -> list[Request]:
