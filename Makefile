@@ -1,7 +1,7 @@
 # Shortcuts; every command also stands in README.md. `make` alone lists them.
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-slurm lint format types run smoke slurm-check ci clean
+.PHONY: help install test test-slow test-slurm lint format types run smoke paper slurm-check ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,13 @@ run: ## the main job
 smoke: ## everything once, as small as it goes
 	$(PYTHON) src/run.py experiment=smoke
 
+# What the paper's numbers are made of: make paper RUNS='[multirun/2026-11-24/10-00-00-000000]'
+RUNS ?= [paper/data/*.json]
+paper: ## paper/build/main.pdf from RUNS (Debian: latexmk texlive-latex-recommended texlive-fonts-recommended)
+	$(PYTHON) src/run.py task=report report=paper report.runs='$(RUNS)'
+	cd paper && latexmk -pdf -interaction=batchmode -halt-on-error -silent -outdir=build main.tex >/dev/null || { cat build/main.log >&2; exit 1; }
+	$(PYTHON) paper/check_log.py paper/build/main.log
+
 slurm-check: ## on a cluster's login node, before the first sweep: make slurm-check ARGS="model=llama31_8b"
 	$(PYTHON) src/run.py task=slurm_check hydra/launcher=athena $(ARGS)
 
@@ -41,5 +48,5 @@ ci: ## what CI runs, from a fresh environment
 	.ci/run
 
 clean: ## remove caches; results in outputs/ and multirun/ stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist paper/build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -196,6 +196,7 @@ def _check_report(report: Any) -> None:
     runs = [report.runs] if isinstance(report.runs, str) else report.runs
     named = isinstance(runs, Sequence) and bool(runs) and all(isinstance(r, str) and r for r in runs)
     require(named, "report.runs", "a folder, a glob or a list of them", report.runs, "multirun/*")
+    require(report.paper_dir != "", "report.paper_dir", "a folder, or null", "nothing", "paper/generated")
 
 
 def _check_task(cfg: Any) -> None:

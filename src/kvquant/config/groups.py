@@ -128,3 +128,4 @@ class ReportConfig:
     """Which run directories a report is made of."""
 
     runs: Any = MISSING  # a folder or glob, or a list of them
+    paper_dir: str | None = None

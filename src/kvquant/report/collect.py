@@ -23,10 +23,15 @@ Track = Callable[[Iterable[Any], str, int], Iterator[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run directory and its result.json."""
+    """One run directory and its result.json; a result.json that was kept under another name stands for its directory."""
 
     folder: Path
     result: dict[str, Any]
+
+    @property
+    def file(self) -> Path:
+        """Where its numbers lie."""
+        return self.folder if self.folder.suffix == ".json" else self.folder / FILE_NAME
 
     def config(self, key: str) -> Any:
         """Return a setting by dotted key, None where this run has no such key."""
@@ -76,7 +81,7 @@ def collect(patterns: Sequence[str], track: Track | None = None) -> Collection:
     """Read every run directory that the patterns name.
 
     Args:
-        patterns: folders or globs; a folder is searched down to its run directories.
+        patterns: folders or globs; a folder is searched down to its run directories, a JSON file is one run.
         track: shows a progress bar.
 
     Raises:
@@ -96,7 +101,7 @@ def collect(patterns: Sequence[str], track: Track | None = None) -> Collection:
             found.rejected.append((path, str(error)))
             continue
         if result["task"] != "report":
-            found.runs.append(Run(path.parent, result))
+            found.runs.append(Run(path.parent if path.name == FILE_NAME else path, result))
     for path in sorted(set(sweeps)):
         _add_missing(path, found)
     if not found.runs and not found.missing:
@@ -115,7 +120,7 @@ def _folders(patterns: Sequence[str]) -> list[Path]:
 def _walk(folder: Path, results: list[Path], sweeps: list[Path]) -> None:
     """Find result and sweep files below a folder, without following links and without looking into run directories."""
     pending = [str(folder)] if folder.is_dir() else []
-    if folder.name == FILE_NAME and folder.is_file():
+    if folder.suffix == ".json" and folder.is_file():
         results.append(folder)
     while pending:
         current = pending.pop()

@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 from kvquant.report.collect import Collection, Run
 from kvquant.report.tables import Cell, ReportTable
-from kvquant.results import FILE_NAME
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --link: #0072B2; }
@@ -73,7 +72,7 @@ def _href(page: Path, target: Path) -> str:
 
 
 def _link(page: Path, run: Run, text: str) -> str:
-    return f'<a href="{_href(page, run.folder / FILE_NAME)}">{escape(text)}</a>'
+    return f'<a href="{_href(page, run.file)}">{escape(text)}</a>'
 
 
 def _cell(page: Path, cell: Cell) -> str:

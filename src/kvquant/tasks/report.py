@@ -14,6 +14,7 @@ from rich.progress import track as rich_track
 from kvquant.report.collect import Collection, collect
 from kvquant.report.figures import draw
 from kvquant.report.page import write_page
+from kvquant.report.paper.build import write_paper
 from kvquant.report.quantities import FIGURES
 from kvquant.report.tables import build_tables, latex, markdown
 from kvquant.report.tidy import tidy_rows, write_csv, write_parquet
@@ -24,6 +25,8 @@ MAX_TABLE_ROWS = 50
 
 def run(cfg: Any, context: Any) -> None:
     """Collect ``report.runs`` and write runs.csv, runs.parquet, tables.md, tables.tex, figures and report.html.
+
+    With ``report.paper_dir`` the paper's generated part too.
 
     Args:
         cfg: the composed configuration; the settings are those of the group ``report``.
@@ -55,6 +58,9 @@ def run(cfg: Any, context: Any) -> None:
     notes = [f"Figures without data in these runs: {', '.join(empty)}."] if empty else []
     write_page(folder / "report.html", found, tables, drawn, notes)
     _summarize(context, found, len(tables), len(drawn))
+    if cfg.report.paper_dir is not None:
+        with context.console.status("writing the paper's numbers"):
+            _add_paper(context, write_paper(found.ok, Path(cfg.report.paper_dir)), cfg.report.paper_dir)
 
 
 def _track(console: Console) -> Callable[..., Any]:
@@ -67,6 +73,20 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _add_paper(context: Any, manifest: dict[str, Any], folder: str) -> None:
+    """Count and name what the paper has, and what it has not."""
+    missing = manifest["not_measured"]
+    context.record.metrics["paper"] = {
+        "macros": len(manifest["macros"]),
+        "not_measured": sum(map(len, missing.values())),
+        "missing_by_source": missing,
+    }
+    table = context.record.table
+    for source, names in missing.items():
+        few = ", ".join(f"\\{name}" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+        table.rows.append([f"{len(names)} macros of {folder}", "n/m", f"{source}: {few}"])
 
 
 def _summarize(context: Any, found: Collection, tables: int, figures: int) -> None:

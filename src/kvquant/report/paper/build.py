@@ -1,0 +1,124 @@
+"""Write the paper's generated folder whole: macros.tex, tables, figures, commands, what is missing, manifest.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvquant.report.collect import Run
+from kvquant.report.paper import tex
+from kvquant.report.paper.figures import draw_figures
+from kvquant.report.paper.macros import Filled, fill, macro_file
+from kvquant.report.paper.sources import SOURCES, choose
+from kvquant.report.paper.tables import build_tables
+from kvquant.report.tables import latex_escape
+
+MANIFEST = "manifest.json"
+
+
+def write_paper(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
+    """Write everything that main.tex reads; what an earlier call left there goes.
+
+    Args:
+        runs: those that ended well.
+        folder: paper/generated.
+
+    Returns:
+        The manifest: ``macros``, ``tables``, ``figures`` (each by name, with run and git SHA), and ``not_measured``:
+        of the macros that the text uses those without a number, by source.
+    """
+    chosen = choose(runs)
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    filled = fill(chosen)
+    manifest: dict[str, Any] = {"macros": {entry.macro.name: _macro_entry(entry) for entry in filled}}
+    tables, figures = {}, {}
+    (fresh / "macros.tex").write_text(macro_file(filled), encoding="utf-8")
+    for name, text, run in build_tables(chosen):
+        # A file that ends in a space after \end{tabular} would widen the box it is read into.
+        (fresh / f"{name}.tex").write_text(text.rstrip("\n") + "%\n", encoding="utf-8")
+        tables[name] = [] if run is None else [_origin(run)]
+    for name, shown in draw_figures(chosen, runs, fresh):
+        figures[name] = [_origin(run) for run in shown]
+    manifest |= {"tables": tables, "figures": figures}
+    used = used_commands(folder.parent)
+    missing: dict[str, list[str]] = {}
+    for entry in filled:
+        if entry.text is None and (entry.macro.name in used or not used):
+            missing.setdefault(entry.macro.source, []).append(entry.macro.name)
+    manifest["not_measured"] = missing
+    (fresh / "commands.tex").write_text(_commands(chosen), encoding="utf-8")
+    (fresh / "missing.tex").write_text(_missing(chosen, missing), encoding="utf-8")
+    (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    # As a folder it cannot be replaced in one step; a build that reads half of it fails on a missing file.
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(fresh, folder)
+    return manifest
+
+
+def _origin(run: Run) -> dict[str, Any]:
+    provenance = run.result["provenance"]
+    return {
+        "run": os.path.relpath(run.file),
+        "git_sha": provenance.get("git_sha"),
+        "git_dirty": provenance.get("git_dirty"),
+        "device": provenance.get("device"),
+        "started_at": run.result.get("started_at"),
+    }
+
+
+def _macro_entry(entry: Filled) -> dict[str, Any]:
+    where = {"run": None, "git_sha": None} if entry.run is None else _origin(entry.run)
+    return {"text": entry.text, "source": entry.macro.source, "metric": entry.pointer, **where}
+
+
+def command(run: Run) -> str:
+    """Return what was typed to start a run."""
+    return " ".join(["python src/run.py", *(run.result["provenance"].get("overrides") or [])])
+
+
+def _commands(chosen: dict[str, Run]) -> str:
+    """A list of what each source was measured with: command, machine, code."""
+    lines = [r"\begin{itemize}"]
+    for source in SOURCES:
+        run = chosen.get(source.name)
+        if run is None:
+            continue
+        provenance = run.result["provenance"]
+        sha = (provenance.get("git_sha") or "no git")[:10] + ("+" if provenance.get("git_dirty") else "")
+        where = f"{provenance.get('device')}; code {sha}; {run.result.get('duration_s') or 0:.0f} s"
+        lines.append(rf"\item {latex_escape(source.what)}: {tex.code(command(run))} ({latex_escape(where)})")
+    lines.append(r"\end{itemize}")
+    return "\n".join([*lines, ""]) if len(lines) > 2 else tex.NOT_MEASURED + "\n"
+
+
+def _missing(chosen: dict[str, Run], missing: dict[str, list[str]]) -> str:
+    """A list of what has not been measured, and of numbers that a run does not have."""
+    lines = []
+    for source in SOURCES:
+        if source.name not in chosen:
+            lines.append(rf"\item {latex_escape(source.what)} ({tex.code(source.command)})")
+        elif source.name in missing:
+            names = ", ".join(missing[source.name])
+            lines.append(rf"\item of {latex_escape(source.what)}: {names}")
+    if not lines:
+        return "Every number of this paper was measured.\n"
+    return "\n".join([r"\begin{itemize}", *lines, r"\end{itemize}", ""])
+
+
+def used_commands(folder: Path) -> set[str]:
+    """Return the names of all commands in the LaTeX sources of a folder and its sections.
+
+    Args:
+        folder: paper/.
+    """
+    sources = [*folder.glob("*.tex"), *folder.glob("sections/*.tex")]
+    return {
+        name for path in sources for name in re.findall(r"\\([A-Za-z]+)", path.read_text(encoding="utf-8"))
+    }

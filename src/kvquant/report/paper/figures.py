@@ -1,0 +1,167 @@
+"""The paper's figures, as wide as a column, drawn from result.json alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvquant.report.collect import Run
+from kvquant.report.paper.sources import block_size_runs
+from kvquant.report.quantities import variants_of
+from kvquant.report.style import COLOURS, CYCLE, figure
+
+COLUMN_IN = 3.25
+MARKERS = "osD^vP*X"
+
+
+def draw_figures(
+    chosen: Mapping[str, Run], runs: Sequence[Run], folder: Path
+) -> Iterator[tuple[str, list[Run]]]:
+    """Draw what there are runs for; yields each figure's name and the runs it shows (none: it was not drawn).
+
+    Args:
+        chosen: the run behind each source, by name.
+        runs: all that ended well, for figures that need several of a kind.
+        folder: where the PDF files go.
+    """
+    for name, source, draw in (
+        ("pareto", "pareto" if "pareto" in chosen else "main", _pareto),
+        ("bytes", "prefill", _bytes),
+        ("append", "allocation", _append),
+        ("energy", "energyprefill", _energy),
+    ):
+        if source in chosen:
+            draw(chosen[source], folder / f"figure-{name}.pdf")
+        yield f"figure-{name}", [chosen[source]] if source in chosen else []
+    sizes = block_size_runs(runs)
+    # One size is a point, not a comparison.
+    if len(sizes) > 1:
+        _blocks(sizes, folder / "figure-blocks.pdf")
+    yield "figure-blocks", sizes if len(sizes) > 1 else []
+
+
+def _family(label: str) -> str:
+    """The curve that a row is a point of: its method, with its settings but without its widths."""
+    return re.sub(r"^([a-z_]+?)(\d|k\dv\d)(?=$|[- ])", r"\1", label)
+
+
+def _pareto(run: Run, path: Path) -> None:
+    families: dict[str, list[tuple[float, dict[str, float]]]] = {}
+    for label, entry in variants_of(run).items():
+        if entry["kl"]["estimate"] > 0:
+            families.setdefault(_family(label), []).append((entry["effective_bits"], entry["kl"]))
+    with figure(path, COLUMN_IN, 2.9) as (axis,):
+        for index, (family, points) in enumerate(families.items()):
+            points.sort(key=lambda point: point[0])
+            axis.plot(
+                [bits for bits, _ in points],
+                [kl["estimate"] for _, kl in points],
+                marker=MARKERS[(index + index // len(CYCLE)) % len(MARKERS)],
+                markersize=3.5,
+                linewidth=0.9,
+                linestyle=("-", "--", ":")[index // len(CYCLE) % 3],
+                color=CYCLE[index % len(CYCLE)],
+                label=family.replace(" recent_tokens=", ", R="),
+            )
+        axis.set_yscale("log")
+        axis.set_xlabel("effective bits, all in", fontsize=8)
+        axis.set_ylabel("KL from the exact cache, nats", fontsize=8)
+        _finish(axis)
+        axis.legend(fontsize=5.5, frameon=False, ncols=2 if len(families) > 6 else 1)
+
+
+def _bytes(run: Run, path: Path) -> None:
+    metrics = run.result["metrics"]
+    memory, tokens = metrics["memory"], metrics["batch"]["tokens"]
+    with figure(path, COLUMN_IN, 1.7) as (axis,):
+        exact = memory["exact"]["held_bytes"] / tokens
+        axis.barh(0, exact, color=COLOURS["exact"], label="exact K and V")
+        left = 0.0
+        for kind, num_bytes in memory["quantized"]["parts_bytes"].items():
+            axis.barh(1, num_bytes / tokens, left=left, color=COLOURS.get(kind, COLOURS["good"]), label=kind)
+            left += num_bytes / tokens
+        for row, (name, end) in enumerate((("exact", exact), ("quantized", left))):
+            axis.text(end, row, f" {memory[name]['effective_bits']:.2f} bits", va="center", fontsize=7)
+        axis.set_yticks([0, 1], ["exact", "quantized"])
+        axis.set_xlim(0, exact * 1.25)
+        axis.set_xlabel("bytes held per token, block slack included", fontsize=8)
+        _finish(axis)
+        axis.set_ylim(2.3, -0.5)
+        axis.legend(loc="lower right", fontsize=6, frameon=False, ncols=2)
+
+
+def _append(run: Run, path: Path) -> None:
+    names = {
+        "cat_fp16": "concatenation",
+        "blocks_quantized": "blocks, quantized",
+        "blocks_exact": "blocks, exact",
+        "cat_csc": "outliers, concatenated",
+        "blocked_csc": "outliers, blocked",
+    }
+    by_way = run.result["metrics"]["append_s"]
+    with figure(path, COLUMN_IN, 2.3) as (axis,):
+        for index, (way, text) in enumerate(names.items()):
+            points = sorted((int(n), 1e6 * s) for n, s in by_way.get(way, {}).items() if s is not None)
+            axis.plot(
+                [n for n, _ in points],
+                [us for _, us in points],
+                marker=MARKERS[index],
+                markersize=3.5,
+                linewidth=1,
+                linestyle="--" if "cat" in way else "-",
+                color=CYCLE[index],
+                label=text,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("tokens already stored", fontsize=8)
+        axis.set_ylabel("us per appended token", fontsize=8)
+        _finish(axis)
+        axis.legend(fontsize=6, frameon=False)
+
+
+def _energy(run: Run, path: Path) -> None:
+    points = run.result["metrics"]["points"]
+    with figure(path, COLUMN_IN, 2.0) as (axis,):
+        ticks: list[tuple[float, str]] = []
+        for number, point in enumerate(points):
+            for index, (label, entry) in enumerate(point["variants"].items()):
+                at = number * (len(point["variants"]) + 1) + index
+                found = entry["j_per_token_interval"]
+                colour = COLOURS["exact"] if label == "none" else COLOURS["quantized"]
+                bar = axis.bar(
+                    at, 1e3 * found["value"], color=colour, hatch="//" if entry["faults"] else None
+                )
+                bar[0].set_edgecolor("white")
+                ends = [[1e3 * (found["value"] - found["low"])], [1e3 * (found["high"] - found["value"])]]
+                axis.errorbar(at, 1e3 * found["value"], yerr=ends, color="black", capsize=2, linewidth=0.8)
+                ticks.append((at, "exact" if label == "none" else label))
+        axis.set_xticks([at for at, _ in ticks], [text for _, text in ticks])
+        axis.set_ylabel("mJ per prompt token", fontsize=8)
+        _finish(axis)
+
+
+def _blocks(runs: list[Run], path: Path) -> None:
+    sizes = [int(run.config("cache.block_size")) for run in runs]
+    with figure(path, COLUMN_IN, 1.8, columns=2) as axes:
+        for axis, key, text in zip(
+            axes,
+            ("memory.quantized.effective_bits", "prefill.ttft_s_quantized"),
+            ("effective bits", "time to first token, s"),
+            strict=True,
+        ):
+            axis.plot(
+                sizes, [run.metric(key) for run in runs], "o-", markersize=3.5, color=COLOURS["quantized"]
+            )
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.minorticks_off()
+            axis.set_xlabel("tokens per block", fontsize=7)
+            axis.set_title(text, fontsize=7)
+            _finish(axis)
+
+
+def _finish(axis: Any) -> None:
+    axis.tick_params(labelsize=7)

@@ -1,0 +1,166 @@
+"""Which runs the paper rests on: each is known by what it measured, so that it counts however it was started."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvquant.report.collect import Run
+from kvquant.report.quantities import variants_of
+
+TINY, LLAMA = "tiny", "llama2_7b_32k"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A run that the paper needs.
+
+    Attributes:
+        name: what macros and tables call it.
+        what: in words, for the list of what has not been measured.
+        command: what measures it.
+        matches: whether a run is one.
+    """
+
+    name: str
+    what: str
+    command: str
+    matches: Callable[[Run], bool]
+
+
+def _compares(*labels: str, part: str = "all", model: str = TINY) -> Callable[[Run], bool]:
+    """Runs of ``task=compare`` whose table has these rows, over this part of the text."""
+
+    def matches(run: Run) -> bool:
+        has_rows = set(labels) <= set(variants_of(run))
+        return has_rows and run.config("task.part") == part and run.config("model.name") == model
+
+    return matches
+
+
+def _task(name: str, /, **settings: Any) -> Callable[[Run], bool]:
+    """Runs of a task with these settings; ``a__b`` stands for the key ``a.b``."""
+
+    def matches(run: Run) -> bool:
+        wanted = {key.replace("__", "."): value for key, value in settings.items()}
+        return run.result["task"] == name and all(run.config(k) == v for k, v in wanted.items())
+
+    return matches
+
+
+def _measured(phase: str) -> Callable[[Run], bool]:
+    """Energy runs with a counter behind them, of this phase: estimates compare nothing."""
+
+    def matches(run: Run) -> bool:
+        metrics = run.result["metrics"]
+        return (
+            run.result["task"] == "energy"
+            and metrics.get("meter", {}).get("kind") == "measured"
+            and any(point["phase"] == phase for point in metrics.get("points", []))
+        )
+
+    return matches
+
+
+def _default_prefill(model: str) -> Callable[[Run], bool]:
+    main = _task("prefill", quant__method="nuq", quant__bits=3, cache__block_size=64, model__name=model)
+    return lambda run: main(run) and run.metric("memory.quantized.effective_bits") is not None
+
+
+_MAIN = ("normal_float3-1%", "hadamard3", "kivi3 recent_tokens=32")
+SOURCES = (
+    Source(
+        "main",
+        "methods, widths and outliers over the same windows and pass keys",
+        "experiment=main_table",
+        _compares(*_MAIN),
+    ),
+    Source(
+        "window",
+        "the chosen window and Q-Norm on documents nothing was chosen on",
+        "experiment=nuq_window",
+        _compares("nuq_window3", part="test"),
+    ),
+    Source(
+        "options",
+        "every option of nuq alone, on the dev part",
+        "experiment=ablation_nuq_options",
+        _compares("nuqk2v3", "nuq3 recent_tokens=32", part="dev"),
+    ),
+    Source(
+        "eightbit",
+        "every method at eight bits against the exact cache",
+        "experiment=equivalence_8bit",
+        _compares("nuq8-1%", "kivi8 recent_tokens=32"),
+    ),
+    Source("pareto", "quality against bytes", "experiment=pareto", _compares("nuq5", "hadamard5")),
+    Source("prefill", "the main job", "task=prefill", _default_prefill(TINY)),
+    Source(
+        "allocation",
+        "appending against concatenating",
+        "experiment=ablation_allocation",
+        _task("allocation"),
+    ),
+    Source(
+        "quantize",
+        "quantizing and attending on a CPU, at 7B width",
+        "task=quantize quant.bits=4",
+        _task("quantize", quant__bits=4),
+    ),
+    Source(
+        "serve",
+        "requests of a trace served at one memory budget",
+        "task=serve_trace",
+        _task("serve_trace", model__name=TINY),
+    ),
+    Source(
+        "energyprefill",
+        "measured joules of prefill",
+        "task=energy energy.meter=nvml task.phases=[prefill]",
+        _measured("prefill"),
+    ),
+    Source(
+        "energydecode",
+        "measured joules of decode",
+        "task=energy energy.meter=nvml task.phases=[decode]",
+        _measured("decode"),
+    ),
+    Source(
+        "llama",
+        "the main table on Llama-2-7B-32K",
+        "experiment=paper_a100 hydra/launcher=athena",
+        _compares(*_MAIN, model=LLAMA),
+    ),
+    Source(
+        "llamaprefill",
+        "the main job on Llama-2-7B-32K",
+        "experiment=paper_a100 hydra/launcher=athena",
+        _default_prefill(LLAMA),
+    ),
+)
+
+
+def choose(runs: Sequence[Run]) -> dict[str, Run]:
+    """Return the run behind each source: of several the one that started last.
+
+    Args:
+        runs: those that ended well.
+    """
+    chosen: dict[str, Run] = {}
+    for source in SOURCES:
+        fitting = [run for run in runs if source.matches(run)]
+        if fitting:
+            chosen[source.name] = max(
+                fitting, key=lambda run: (str(run.result.get("started_at")), run.folder)
+            )
+    return chosen
+
+
+def block_size_runs(runs: Sequence[Run]) -> list[Run]:
+    """Return the main job by block size, one run for each: of several of one size the one that started last."""
+    fits = _task("prefill", quant__method="nuq", quant__bits=3, model__name=TINY)
+    by_size: dict[int, Run] = {}
+    for run in sorted(filter(fits, runs), key=lambda run: str(run.result.get("started_at"))):
+        by_size[int(run.config("cache.block_size"))] = run
+    return [by_size[size] for size in sorted(by_size)]
