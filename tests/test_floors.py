@@ -63,7 +63,7 @@ ROOMS = {
     "hydra": ("config", "validation", "preflight", "cli", "tasks", "report"),
     "omegaconf": ("config", "validation", "preflight", "cli", "tasks", "report"),
     "transformers": ("models", "calibration", "data", "tasks", "methods.hf_quantized"),
-    "triton": ("kernels.triton_kernels",),
+    "triton": ("kernels.triton_kernels", "bench.compile_table"),
 }
 HEAVY = {
     "torch",

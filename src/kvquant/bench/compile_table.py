@@ -1,0 +1,347 @@
+"""What the Triton kernels compile to, without a GPU: ``python -m kvquant.bench.compile_table [--json F] [--markdown F]``.
+
+The backend's own launchers run on CPU tensors while launches are compiled for a GPU of choice instead of started, so
+that types, constants and alignment are what a launch really has. Registers and stack come from the cubin's resource
+usage, the rest is counted in its machine code. The exit code is 1 if a kernel that decodes or quantizes spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from kvquant.batched_quant import BatchedKVQuantizer
+from kvquant.bench.shapes import SHAPES, LayerShape
+from kvquant.bench.stored import rope_tables
+from kvquant.block_layout import BlockLayout
+from kvquant.block_pool import BlockPool
+from kvquant.kernels import StoredLayer
+from kvquant.prefill_quant import blocks_per_tile
+from kvquant.ragged import RaggedStep
+from kvquant.spec import QuantSpec
+
+ARCHITECTURES = (80, 90)  # A100; H100 and H200
+BLOCK_SIZE = 64
+# A history long enough for decode to be split as it is in use; only its shape is looked at.
+HISTORY, BATCH = 32768, 8
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way to call an operation."""
+
+    operation: str
+    shape: str
+    bits: int
+    fraction: float = 0.01
+    method: str = "nuq"
+
+    @property
+    def label(self) -> str:
+        """As the table names it."""
+        stored = "exact" if self.method == "none" else f"{self.bits} bits, {self.fraction:.0%}"
+        return f"{self.shape}, {stored}"
+
+
+def cases() -> list[Case]:
+    """Every case of the table, the slowest to compile first."""
+    widths = (4, 3, 2)
+    grouped = [Case("decode", "llama31_8b", bits) for bits in widths]
+    single = [Case("decode", "llama2_7b", bits) for bits in widths]
+    plain = [Case("decode", "llama31_8b", bits, fraction=0.0) for bits in widths]
+    rest = [
+        Case(operation, "llama31_8b", bits)
+        for operation in ("write_keys", "write_values", "close_values", "dequantize", "prefill")
+        for bits in widths
+    ]
+    exact = [
+        Case(operation, "llama31_8b", 16, method="none") for operation in ("decode", "write_exact", "prefill")
+    ]
+    return [*grouped, *single, *plain, *rest, *exact]
+
+
+class _NoGpu:
+    """Stands in for Triton's driver: names a target and has nothing to launch on."""
+
+    def __init__(self, architecture: int) -> None:
+        self._target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+@contextlib.contextmanager
+def launches_compiled(architecture: int) -> Iterator[list[Any]]:
+    """Compile what is launched inside the block for an architecture, without a GPU; yields what was compiled."""
+    compiled: list[Any] = []
+    jit = triton.runtime.jit.JITFunction
+    run = jit.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_NoGpu(architecture))
+    jit.run = compile_only
+    try:
+        yield compiled
+    finally:
+        jit.run = run
+        driver._active = before
+
+
+class Layer:
+    """A layer's blocks on the CPU, and calls of the Triton backend's operations on them."""
+
+    def __init__(self, case: Case) -> None:
+        self.kernels = importlib.import_module("kvquant.kernels.triton_kernels")
+        self.shape: LayerShape = SHAPES[case.shape]
+        H, D = self.shape.kv_heads, self.shape.head_dim
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randn(256, H, D, generator=generator)
+        if case.method == "none":
+            self.quantizer = BatchedKVQuantizer.exact(H, D)
+        else:
+            # The codebook's values do not matter, and evenly spaced ones need no fitting.
+            spec = QuantSpec(case.bits, method="uniform", outlier_fraction=case.fraction)
+            method = importlib.import_module("kvquant.methods.uniform").Method
+            self.quantizer = method.calibrate(spec, self.tokens, self.tokens)
+        layout = BlockLayout(self.quantizer.spec, 1, H, D, torch.bfloat16, BLOCK_SIZE)
+        self.pool = BlockPool(layout, 8, max_sequences=1, device="cpu")
+        self.row = self.pool.add_sequence()
+        self.store = self.pool.layers[0]
+        self.bits = {} if case.method == "none" else {"bits": case.bits}
+        spec = self.quantizer.spec
+        self.reader = StoredLayer(
+            self.kernels,
+            self.store.keys,
+            self.store.values,
+            self.quantizer.constants,
+            spec.key_bits or 16,
+            spec.value_bits or 16,
+            D,
+        )
+        self.rope = rope_tables(self.shape, BLOCK_SIZE, HISTORY, torch.device("cpu"))
+
+    def _write(self, write: Callable[..., None], store: object) -> None:
+        step = self.pool.reserve([self.row], [200])
+        x = self.tokens[:200].bfloat16()
+        constants = (self.quantizer.constants,) if self.bits else ()
+        after = (None, self.store.error) if self.bits else ()
+        runs = {"runs": step.runs} if self.bits else {}
+        write(x, store, *constants, step.slot_block, step.slot_offset, *after, **self.bits, **runs)
+
+    def write_keys(self) -> None:
+        """Launch what writes keys."""
+        self._write(self.kernels.write_keys, self.store.keys)
+
+    def write_values(self) -> None:
+        """Launch what writes values."""
+        self._write(self.kernels.write_values, self.store.values)
+
+    def write_exact(self) -> None:
+        """Launch what stores keys as they are."""
+        self._write(self.kernels.write_exact, self.store.keys)
+
+    def close_values(self) -> None:
+        """Launch what puts full blocks in order."""
+        t = self.pool.tensors
+        self.kernels.close_values(
+            t["value_outlier_index"],
+            t["value_outlier_value"],
+            t["value_outlier_end"],
+            torch.arange(3),
+            head_dim=self.shape.head_dim,
+        )
+
+    def dequantize(self) -> None:
+        """Launch what reads whole blocks."""
+        self.reader(torch.arange(3)[None])
+
+    def decode(self) -> None:
+        """Launch attention of one token of each sequence."""
+        table = torch.zeros(BATCH, HISTORY // BLOCK_SIZE, dtype=torch.int32)
+        step = RaggedStep.build([HISTORY - 1] * BATCH, [1] * BATCH, torch.arange(BATCH), table, BLOCK_SIZE)
+        self._attend(step, None)
+
+    def prefill(self) -> None:
+        """Launch attention of a chunk over a history and over itself, stored and exact."""
+        table = torch.arange(6, dtype=torch.int32)[None]
+        step = RaggedStep.build([200], [130], torch.arange(1), table, BLOCK_SIZE)
+        own = self.tokens[:130].bfloat16()
+        for exact in (None, (own, own)):
+            self._attend(step, exact)
+
+    def _attend(self, step: RaggedStep, exact: tuple[Tensor, Tensor] | None) -> None:
+        T, D = sum(step.lengths), self.shape.head_dim
+        self.kernels.attend(
+            torch.zeros(T, self.shape.query_heads, D, dtype=torch.bfloat16),
+            step,
+            self.reader,
+            self.rope,
+            exact,
+            None,
+            block_size=BLOCK_SIZE,
+            blocks_per_tile=blocks_per_tile(BLOCK_SIZE),
+            softmax_scale=D**-0.5,
+        )
+
+
+def compile_case(case: Case, architecture: int) -> list[Row]:
+    """Compile everything that a case launches; one row a kernel."""
+    layer = Layer(case)
+    with launches_compiled(architecture) as compiled, torch.no_grad():
+        getattr(layer, case.operation)()
+    named = {"operation": case.operation, "case": case.label, "sm": architecture}
+    return [
+        {**named, "kernel": name.strip("_"), **inspect_kernel(kernel), "source": kernel.hash}
+        for name, kernel in compiled
+    ]
+
+
+def inspect_kernel(kernel: Any) -> Row:
+    """Count what matters in a compiled kernel's machine code."""
+    cubin = kernel.asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    found = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}  # type: ignore[index]
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
+    kinds = Counter(operation.split(".")[0] for operation in operations)
+    loads = [op for op in operations if op.startswith(("LDG", "LDGSTS"))]
+    return {
+        "warps": kernel.metadata.num_warps,
+        "registers": found["REG"],
+        "spills": kinds["STL"] + kinds["LDL"],
+        "stack_bytes": found["STACK"],
+        "shared_bytes": kernel.metadata.shared,
+        "loads": len(loads),
+        "loads_128_bit": sum("128" in op for op in loads),
+        "hmma": kinds["HMMA"],
+        "wgmma": kinds["HGMMA"],
+        "instructions": len(operations),
+    }
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, option, path], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def compile_table(
+    chosen: list[Case], architectures: tuple[int, ...], on_row: Callable[[], None] = lambda: None
+) -> list[Row]:
+    """Compile cases on all processors; a kernel that several cases share has one row.
+
+    Args:
+        chosen: the cases.
+        architectures: compute capabilities, times ten.
+        on_row: told whenever a case is done.
+    """
+    jobs = [(case, architecture) for case in chosen for architecture in architectures]
+    workers = min(len(jobs), len(os.sched_getaffinity(0)))
+    rows: dict[str, Row] = {}
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        pending = [pool.submit(compile_case, *job) for job in jobs]
+        for future in pending:
+            for row in future.result():
+                # The same source, constants, types and target: one kernel.
+                rows.setdefault(row.pop("source"), row)
+            on_row()
+    return sorted(rows.values(), key=lambda row: (row["operation"], row["kernel"], row["case"], row["sm"]))
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table as Markdown."""
+    columns = {
+        "operation": "operation",
+        "kernel": "kernel",
+        "case": "first used by",
+        "sm": "sm",
+        "warps": "warps",
+        "registers": "registers",
+        "spills": "spills",
+        "shared_bytes": "shared [B]",
+        "loads_128_bit": "128-bit loads",
+        "loads": "of loads",
+        "hmma": "HMMA",
+        "wgmma": "wgmma",
+        "instructions": "instructions",
+    }
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(row[key]) for key in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; returns 1 if a kernel spills."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument("--sm", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--operation", nargs="+", help="only these operations")
+    given = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET must be unset, got 1: the interpreter compiles nothing")
+    chosen = [case for case in cases() if not given.operation or case.operation in given.operation]
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("compiling", total=len(chosen) * len(given.sm))
+        rows = compile_table(chosen, tuple(given.sm), lambda: bar.advance(task))
+    text = markdown(rows)
+    print(text)
+    if given.markdown:
+        _write(given.markdown, text)
+    if given.json:
+        body = {"triton": triton.__version__, "block_size": BLOCK_SIZE, "rows": rows}
+        _write(given.json, json.dumps(body, indent=1) + "\n")
+    spilling = [row for row in rows if row["spills"]]
+    for row in spilling:
+        print(
+            f"{row['kernel']} ({row['case']}, sm_{row['sm']}) must not spill, got {row['spills']} loads and stores of "
+            "local memory; try fewer tokens at a time or more warps",
+            file=sys.stderr,
+        )
+    return 1 if spilling else 0
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

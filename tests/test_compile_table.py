@@ -1,0 +1,55 @@
+"""The compile table: real launchers, compiled for GPUs that are not here, and a spill that fails it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need triton, which is for Linux on x86-64")
+
+import triton
+
+from kvquant.bench import compile_table
+from kvquant.bench.compile_table import Case, compile_case
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return compile_case(Case("write_values", "llama31_8b", 4), 80)
+
+
+def test_a_launcher_is_compiled_for_a_gpu_that_is_not_here(rows):
+    assert [row["kernel"] for row in rows] == ["ranges_and_outliers", "value_codes"]
+    for row in rows:
+        assert row["sm"] == 80 and row["warps"] >= 1 and 16 <= row["registers"] <= 255
+        assert row["instructions"] > 100 and row["loads"] >= row["loads_128_bit"] >= 0
+        # These kernels have no products.
+        assert row["hmma"] == row["wgmma"] == row["spills"] == 0
+
+
+def test_alignment_is_what_a_launch_has(rows):
+    # Without it no load is wide.
+    assert rows[0]["loads_128_bit"] > 0
+
+
+def test_nothing_is_left_behind(rows):
+    assert triton.runtime.jit.JITFunction.run.__name__ == "run"
+    assert not isinstance(triton.runtime.driver._active, compile_table._NoGpu)
+
+
+def test_every_operation_of_a_backend_has_a_case():
+    assert {case.operation for case in compile_table.cases()} == {
+        "decode", "prefill", "write_keys", "write_values", "write_exact", "close_values", "dequantize",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("spills", [0, 3])
+def test_a_spill_fails_the_table(rows, spills, monkeypatch, tmp_path, capsys):
+    changed = [{**row, "spills": spills} for row in rows]
+    monkeypatch.setattr(compile_table, "compile_table", lambda *_: changed)
+    code = compile_table.main(["--json", str(tmp_path / "t.json"), "--markdown", str(tmp_path / "t.md")])
+    captured = capsys.readouterr()
+    assert code == (1 if spills else 0) and ("must not spill, got 3" in captured.err) == bool(spills)
+    assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 2
+    assert (tmp_path / "t.md").read_text().count("\n") == 4
