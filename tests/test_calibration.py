@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvquant import calibration
 from kvquant.calibration import CalibrationText, activation_statistics, calibrate
 from kvquant.errors import CalibrationError
+from kvquant.models.attention_mass import NEAR, attention_mass
 from kvquant.spec import QuantSpec
+from small_models import prompts_of, small_model
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,47 @@ def test_a_corrupt_file_is_named(model, text, tmp_path, stage) -> None:
     with pytest.raises(CalibrationError, match="cannot be read") as caught:
         calibrate(model, text, spec, tmp_path)
     assert file.name in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa-llama3", "mistral-window", "gemma2-softcap", "phi3-long"])
+def test_attention_mass_is_the_mean_of_the_model_s_own_weights(family) -> None:
+    model = small_model(family)
+    (ids,) = prompts_of([200], seed=3)
+    drawn = attention_mass(model, [ids[:150], ids])
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(ids[None], use_cache=False, output_attentions=True).attentions
+    at = torch.arange(200)
+    behind = at[:, None] - at
+    for layer, mass in enumerate(drawn):
+        own = weights[layer][0].float()
+        visible = (own > 0).any(0)
+        shares = own.mean(0) * visible.sum(1, keepdim=True)
+        expected = torch.where(behind >= NEAR, shares, 0).sum(0) / (200 - NEAR - at)
+        torch.testing.assert_close(
+            mass[150:][: 200 - 2 * NEAR], expected[: 200 - 2 * NEAR], rtol=1e-3, atol=1e-4
+        )
+        assert mass[150:].isnan().tolist() == (200 - NEAR - at < NEAR).tolist()
+
+
+def test_sinks_are_found_by_the_attention_they_draw(model, text, tmp_path, monkeypatch) -> None:
+    spec = QuantSpec(sink_tokens=4, sink_rule="attention_mass")
+    measured = []
+    monkeypatch.setattr(
+        calibration, "attention_mass", lambda *args: measured.append(1) or [_one_sink(3), _one_sink(None)]
+    )
+    found = [calibrate(model, text, s, tmp_path) for s in (spec, dataclasses.replace(spec, bits=2), spec)]
+    assert [[q.spec.sink_tokens for q in c.quantizers] for c in found] == [[3, 0]] * 3
+    assert len(measured) == 1 and found[2].from_cache
+    calibrate(model, text, dataclasses.replace(spec, sink_rule="position"), tmp_path / "elsewhere")
+    assert not list((tmp_path / "elsewhere").glob("attention-*"))
+
+
+def _one_sink(count: int | None) -> torch.Tensor:
+    mass = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    if count is not None:
+        mass[count - 1] = 100.0
+    return mass.repeat(3)
 
 
 def test_of_several_that_need_it_one_computes(model, text, tmp_path, monkeypatch) -> None:

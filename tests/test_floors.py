@@ -29,6 +29,7 @@ FLOORS: list[tuple[str, int]] = [
     ("value_outliers", 1),
     ("nuq", 1),
     ("packing", 1),
+    ("sinks", 1),
     ("blocked_sparse", 1),
     ("kernels", 2),
     ("block_ids", 3),

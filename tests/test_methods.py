@@ -268,6 +268,27 @@ def test_sinks_are_predicted_where_the_key_norm_stands_out() -> None:
     assert BatchedKVQuantizer.calibrate(spec, keys, values, positions=positions).spec.sink_tokens == 2
 
 
+def test_sinks_are_predicted_where_the_attention_mass_stands_out() -> None:
+    keys, values = activations(640)
+    positions = torch.arange(640) % 64
+    spec = spec_of("nuq", sink_tokens=4, sink_rule="attention_mass")
+    # A few sequences only, and the last tokens of each are seen by too few queries.
+    drawn = torch.rand(128, generator=torch.Generator().manual_seed(0))
+    drawn[positions[:128] >= 56] = torch.nan
+
+    def sinks() -> int:
+        fitted = BatchedKVQuantizer.calibrate(spec, keys, values, positions=positions, attention_mass=drawn)
+        return fitted.spec.sink_tokens
+
+    assert sinks() == 0
+    drawn[positions[:128] < 2] = -50.0  # nobody looks there: no sink
+    assert sinks() == 0
+    drawn[positions[:128] == 1] = 300.0
+    assert sinks() == 2
+    with pytest.raises(ValueError, match="must be calibrated with a model's attention_mass, got none"):
+        BatchedKVQuantizer.calibrate(spec, keys, values, positions=positions)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -23,6 +23,7 @@ from kvquant.kernels import (
     run_argument,
 )
 from kvquant.ragged import RaggedStep, cumulative_lengths, lengths_from_cu_seqlens
+from kvquant.sinks import sinks_of_layer
 from kvquant.spec import METHODS, QuantSpec
 
 
@@ -135,6 +136,7 @@ class BatchedKVQuantizer:
         key_fisher: Tensor | None = None,
         value_fisher: Tensor | None = None,
         positions: Tensor | None = None,
+        attention_mass: Tensor | None = None,
     ) -> BatchedKVQuantizer:
         """Fix thresholds and fit codebooks on calibration tokens of one layer.
 
@@ -146,9 +148,11 @@ class BatchedKVQuantizer:
             value_fisher: the same for values.
             positions: position of each token in its sequence, [T]; tokens below ``spec.sink_tokens`` are left
                 out. None: no token is a sink.
+            attention_mass: what the first of these tokens draw, for ``spec.sink_rule="attention_mass"``
+                (:func:`kvquant.models.attention_mass.attention_mass`), [at most T].
 
         Raises:
-            ValueError: shapes disagree, or NaN or infinity among the elements.
+            ValueError: shapes disagree, NaN or infinity among the elements, or ``attention_mass`` is missing.
         """
         if cls is BatchedKVQuantizer:
             cls = method_class(spec.method)
@@ -157,8 +161,7 @@ class BatchedKVQuantizer:
             raise ValueError(
                 f"keys and values must have one shape, got {list(keys.shape)} and {list(values.shape)}"
             )
-        if spec.sink_rule == "key_norm" and spec.sink_tokens and positions is not None:
-            spec = dataclasses.replace(spec, sink_tokens=predicted_sinks(keys, positions, spec.sink_tokens))
+        spec = dataclasses.replace(spec, sink_tokens=sinks_of_layer(spec, keys, positions, attention_mass))
         if positions is not None and spec.sink_tokens:
             kept = positions >= spec.sink_tokens
             keys, values = keys[kept], values[kept]
@@ -457,26 +460,6 @@ def key_thresholds(spec: QuantSpec, keys: Tensor) -> tuple[Tensor, Tensor]:
     lower, upper = mean - limit * std, mean + limit * std
     # A range must not reach beyond what its channel holds: codes would be spent on nothing.
     return torch.maximum(lower, x.amin(0)), torch.minimum(upper, x.amax(0))
-
-
-def predicted_sinks(keys: Tensor, positions: Tensor, most: int) -> int:
-    """How many leading positions are sinks: their mean key norm is off the other tokens' by over 3 deviations.
-
-    Args:
-        keys: calibration tokens, [T, H, D].
-        positions: of each token in its sequence, [T].
-        most: at most so many.
-    """
-    norm = keys.float().flatten(1).norm(dim=1)
-    rest = norm[positions >= most]
-    if not len(rest):
-        return most
-    found = 0
-    for position in range(most):
-        here = norm[positions == position]
-        if len(here) and bool((here.mean() - rest.mean()).abs() > 3 * rest.std()):
-            found = position + 1
-    return found
 
 
 def _flag_not_finite(x: Tensor, kind: int, error: Tensor) -> None:

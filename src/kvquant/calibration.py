@@ -2,8 +2,9 @@
 
 Stage 1 (``activations-<hash>/``) runs the model with its loss and keeps every layer's pre-RoPE keys and values and
 their Fisher information (the squared gradient of the loss, KVQuant section 3.2); no bit width changes it. Stage 2
-(``codebooks-<hash>.safetensors``) holds thresholds and codebooks for one spec. The hash of a name is that of a
-fingerprint that also lies inside; a file whose inside says otherwise is refused.
+(``codebooks-<hash>.safetensors``) holds thresholds and codebooks for one spec. Only where ``quant.sink_rule`` asks for
+it, ``attention-<hash>.safetensors`` holds what attention the tokens of a few sequences draw. The hash of a name is that
+of a fingerprint that also lies inside; a file whose inside says otherwise is refused.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ from transformers import PreTrainedModel
 from kvquant.batched_quant import BatchedKVQuantizer, method_class
 from kvquant.errors import CalibrationError
 from kvquant.models import ModelShape, model_shape, record_keys_and_values
+from kvquant.models.attention_mass import attention_mass
 from kvquant.spec import QuantSpec
 
 FORMAT = 2
+# Sequences whose attention weights are looked at: a layer has sinks or not, whatever the text.
+_MASS_SEQUENCES = 4
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, description, total) -> the same items
 
 
@@ -143,6 +147,9 @@ def calibrate(
             model, text, folder, lock_timeout_s=lock_timeout_s, overwrite=overwrite, track=track
         )
         num_layers = model_shape(model).num_layers
+        drawn: list[Tensor | None] = [None] * num_layers
+        if spec.sink_tokens and spec.sink_rule == "attention_mass":
+            drawn = list(_attention_mass(model, text, folder, lock_timeout_s, overwrite, track))
         quantizers = []
         for layer in track(
             range(num_layers), f"codebooks, {spec.key_bits}/{spec.value_bits} bits", num_layers
@@ -156,6 +163,7 @@ def calibrate(
                     key_fisher=tensors["key_fisher"],
                     value_fisher=tensors["value_fisher"],
                     positions=tensors["positions"],
+                    attention_mass=drawn[layer],
                 )
             )
         _save(path, _codebook_tensors(quantizers), fingerprint)
@@ -197,6 +205,26 @@ def activation_statistics(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def _attention_mass(
+    model: PreTrainedModel,
+    text: CalibrationText,
+    folder: Path,
+    lock_timeout_s: float,
+    overwrite: bool,
+    track: Track,
+) -> list[Tensor]:
+    """What the tokens of the first sequences draw in each layer, from disk if it is there."""
+    fingerprint = {**text.fingerprint(model.dtype), "sequences": str(_MASS_SEQUENCES)}
+    path = folder / f"attention-{_short_hash(fingerprint)}.safetensors"
+    with _only_one(path, lock_timeout_s):
+        if overwrite or not path.exists():
+            sequences = text.token_ids.split(text.sequence_length)[:_MASS_SEQUENCES]
+            drawn = attention_mass(model, track(sequences, "attention mass", len(sequences)))
+            _save(path, {_layer_name(i): mass for i, mass in enumerate(drawn)}, fingerprint)
+        tensors = _load(path, fingerprint)
+    return [tensors[name] for name in sorted(tensors)]
 
 
 def _record(model: PreTrainedModel, text: CalibrationText, track: Track) -> list[dict[str, Tensor]]:
@@ -288,8 +316,12 @@ def _only_one(path: Path, timeout_s: float) -> Iterator[None]:
         lock.release()
 
 
+def _layer_name(layer: int) -> str:
+    return f"layer_{layer:03d}"
+
+
 def _layer_file(layer: int) -> str:
-    return f"layer_{layer:03d}.safetensors"
+    return f"{_layer_name(layer)}.safetensors"
 
 
 def _short_hash(fingerprint: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ METHODS = tuple(
 NUQ_FAMILY = ("nuq", "uniform", "normal_float")
 FISHER_WEIGHTS = ("fisher", "fisher_scale2", "none")
 KEY_OUTLIERS = ("channel", "layer")
-SINK_RULES = ("position", "key_norm")
+SINK_RULES = ("position", "key_norm", "attention_mass")
 MIN_BITS, MAX_BITS = 1, 8
 
 
@@ -34,8 +34,9 @@ class QuantSpec:
         key_outliers: whose fraction that is for keys: each ``channel``'s (KVQuant), or the whole ``layer``'s, by
             distance from the channel's mean in its standard deviations.
         sink_tokens: positions below this in each sequence stay exact.
-        sink_rule: ``position``: that many in every layer; ``key_norm``: in each layer only the leading positions whose
-            key norm stood out in calibration, at most that many.
+        sink_rule: ``position``: that many in every layer; ``key_norm``, ``attention_mass``: in each layer only the
+            leading positions whose key norm, or whose share of later queries' attention, stood out in calibration,
+            at most that many.
         recent_tokens: the last so many tokens before a query, its own included, are read exactly.
         value_groups: number of groups the C channels of a value token are split into, each with its own range.
         fisher_weight: weight of the k-means: ``fisher`` (KVQuant's code), ``fisher_scale2`` (its paper's

@@ -227,7 +227,7 @@ def record_keys_and_values(model: PreTrainedModel) -> Iterator[list[tuple[Tensor
             values.retain_grad()
         collected.append((keys, values))
         cos, sin = (table[:, None] for table in rope)
-        out = _causal_attention(
+        out = causal_attention(
             rotate(query, cos, sin), rotate(keys, cos, sin), values, scaling, sliding_window, softcap
         )
         return out.transpose(1, 2)
@@ -236,7 +236,7 @@ def record_keys_and_values(model: PreTrainedModel) -> Iterator[list[tuple[Tensor
         yield collected
 
 
-def _causal_attention(
+def causal_attention(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """Differentiable causal attention of [B, Hq, S, D] over [B, H, S, D], as the models' own eager form does it."""
