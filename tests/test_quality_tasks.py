@@ -15,7 +15,7 @@ from kvquant.cli import conf_dir
 from kvquant.config import register_schemas, validate
 from kvquant.data.longbench import SUITES, classification, code_similarity, qa_f1, retrieval, rouge_l
 from kvquant.data.rows import read_rows
-from kvquant.data.ruler import CATEGORIES, generate, score
+from kvquant.data.ruler import CATEGORIES, FIELDS, generate, score
 from kvquant.errors import ConfigError, DataError
 from kvquant.results import load_result
 from kvquant.tasks import run_task
@@ -172,11 +172,6 @@ def test_passkey_counts_what_greedy_decoding_would_emit(run, calibration_dir) ->
     assert run(*overrides)["metrics"]["items_computed"] == 0
 
 
-def test_a_context_longer_than_the_model_is_refused(run) -> None:
-    with pytest.raises(DataError, match="context of 2048 tokens, got 4096; lower it, or set rope scaling"):
-        run("task=passkey", "task.lengths=[4096]")
-
-
 def test_ruler_asks_its_questions_and_scores_them(run, tmp_path) -> None:
     metrics = run("task=ruler", "task.length=400", "task.count=1", "task.categories=[niah_single,vt]")[
         "metrics"
@@ -288,19 +283,21 @@ GOOD = b'{"input": "a", "outputs": ["b"]}\n'
         (GOOD + b'{"input": "\xff", "outputs": []}\n', "row 2 must be UTF-8, byte 11 is not"),
         (GOOD + b"{input}\n", "row 2 must be JSON"),
         (GOOD + b"[1]\n", "row 2 must have the fields"),
+        (b"\n" + GOOD + b'{"input": "a", "outputs": "b"}\n', "row 3 must have a list as outputs, got 'b'"),
+        (b'{"input": null, "outputs": []}\n', "row 1 must have a text as input, got 'None'"),
     ],
 )
 def test_a_broken_file_is_one_line_with_file_and_row(tmp_path, content: bytes, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        read_rows(path, ("input", "outputs"), where_from="somewhere")
+        read_rows(path, FIELDS, where_from="somewhere")
     assert "rows.jsonl" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_missing_file_says_where_it_comes_from(tmp_path) -> None:
     with pytest.raises(DataError, match="gone.jsonl is missing; download it: example.org"):
-        read_rows(tmp_path / "gone.jsonl", (), where_from="example.org")
+        read_rows(tmp_path / "gone.jsonl", {}, where_from="example.org")
 
 
 def test_an_answer_that_is_nothing_names_its_row(run, tmp_path) -> None:
@@ -309,9 +306,37 @@ def test_an_answer_that_is_nothing_names_its_row(run, tmp_path) -> None:
         run("task=ruler", f"task.paths=[{tmp_path / 'niah.jsonl'}]")
 
 
-def test_a_text_shorter_than_a_window_is_refused(run) -> None:
+def test_a_text_shorter_than_a_window_is_refused(run, tmp_path) -> None:
     with pytest.raises(DataError, match=r"must hold a window of 512 tokens, got 300; try task.window=300"):
         run("task=perplexity", "task.max_tokens=300", "task.window=512")
+    path = tmp_path / "short.txt"
+    path.write_text("A sentence of a short text. " * 200)
+    with pytest.raises(DataError, match=rf"the held-out part of {path} must hold a window of 2048 tokens"):
+        run("task=perplexity", "data=text_file", f"data.path={path}")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfeh\x00i\x00", b"fine\n" * 9 + b"caf\xe9\n"])
+def test_a_text_in_another_encoding_is_refused_with_its_line(run, tmp_path, content: bytes) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes(content)
+    line = content.count(b"\n") or 1
+    with pytest.raises(DataError, match=rf"must be UTF-8, {path}, line {line} is not .*iconv -t utf-8"):
+        run("task=perplexity", "data=text_file", f"data.path={path}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("task=perplexity", "task.window=4096"),
+        ("task=compare", "task.window=4096"),
+        ("task=compare", "task.passkey_length=4096"),
+        ("task=ruler", "task.length=4096"),
+        ("task=passkey", "task.lengths=[4096]"),
+    ],
+)
+def test_a_context_longer_than_the_model_s_is_refused(run, overrides: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match="context of 2048 tokens, got 4096; lower it, or set rope scaling"):
+        run(*overrides)
 
 
 def test_a_context_beyond_the_model_needs_rope_scaling(run) -> None:

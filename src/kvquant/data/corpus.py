@@ -104,19 +104,29 @@ def load_corpus(name: str, path: str | Path | None = None) -> Corpus:
         raise DataError(f"data.path must name a file when data.name={name}, got null; set data.path=<file>")
     path = Path(path)
     if name == "wikitext2":
-        return _corpus(name, *_wikitext2(path))
-    return _corpus(name, *_split_text(path.name, _documents(path)))
+        return _corpus(name, *_wikitext2(path), path)
+    return _corpus(name, *_split_text(path.name, _documents(path)), path)
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a plain or `.xz` file, with "\\n" line ends; bytes that do not decode become U+FFFD."""
+    """The UTF-8 text of a plain or `.xz` file, with "\\n" line ends.
+
+    Raises DataError for a file that is missing, no `.xz` file or not UTF-8, with the line.
+    """
     if not path.is_file():
         raise DataError(f"data.path must name an existing file, got {str(path)!r}")
     try:
         raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     except lzma.LZMAError as error:
         raise DataError(f"data.path must be a valid .xz file, {str(path)!r} is not: {error}") from error
-    return raw.decode("utf-8", errors="replace").replace("\r\n", "\n")
+    try:
+        return raw.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"data.path must be UTF-8, {path}, line {line} is not (byte {error.start} of the file); convert it with "
+            "iconv -t utf-8, or keep other files out of the folder"
+        ) from error
 
 
 def split_documents(text: str) -> list[str]:
@@ -212,12 +222,18 @@ def _cut(text: str, shares: Iterable[float]) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _corpus(name: str, train: list[Document], calibration: list[Document], heldout: list[Document]) -> Corpus:
+def _corpus(
+    name: str,
+    train: list[Document],
+    calibration: list[Document],
+    heldout: list[Document],
+    path: Path | None = None,
+) -> Corpus:
     digest = hashlib.sha256()
     for label, documents in (("train", train), ("calibration", calibration), ("heldout", heldout)):
         if not any(document.text.strip() for document in documents):
             raise DataError(
-                f"data.name={name}: the {label} split must hold text, found none; give a longer file"
+                f"{path or name}: the {label} split must hold text, found none; give a longer data.path"
             )
         for document in documents:
             # Lengths are hashed too, so that no two different corpora join to the same bytes.

@@ -16,10 +16,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvquant.data.rows import Kinds, Row
 from kvquant.errors import DataError
 
 WHERE_FROM = "huggingface.co/datasets/THUDM/LongBench, data.zip"
-FIELDS = ("input", "context", "answers", "all_classes")
+FIELDS: dict[str, Kinds] = {
+    "input": (str,),
+    "context": (str,),
+    "answers": (list,),
+    "all_classes": (list, type(None)),
+}
 
 
 def qa_f1(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
@@ -219,17 +225,16 @@ def hub_file(name: str, folder: Path) -> Path:
         raise DataError(f"{archive} must hold data/{name}.jsonl, it does not; check task.suites") from error
 
 
-def check_answers(rows: Sequence[dict[str, Any]], path: str) -> None:
+def check_answers(rows: Sequence[Row], path: str) -> None:
     """Refuse rows that nothing could be right for.
 
     Raises:
         DataError: names the file and the row.
     """
-    for number, row in enumerate(rows, 1):
-        answers = row["answers"]
-        if not isinstance(answers, list) or not any(str(answer).strip() for answer in answers):
+    for number, row in rows:
+        if not any(str(answer).strip() for answer in row["answers"]):
             raise DataError(
-                f"{path}, row {number} must have an answer that is not empty, got {answers!r}; drop the row"
+                f"{path}, row {number} must have an answer that is not empty, got {row['answers']!r}; drop the row"
             )
 
 

@@ -10,13 +10,14 @@ import dataclasses
 import re
 import string
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from kvquant.data.rows import Kinds, Row
 from kvquant.errors import DataError
 
-WHERE_FROM = "generate it with github.com/NVIDIA/RULER (scripts/data/prepare.py), or leave task.path=null"
+WHERE_FROM = "generate it with github.com/NVIDIA/RULER (scripts/data/prepare.py), or leave task.paths=[]"
+FIELDS: dict[str, Kinds] = {"input": (str,), "outputs": (list,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,14 +242,14 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def questions_of_rows(rows: Sequence[dict[str, Any]], category: str, path: str) -> list[Question]:
+def questions_of_rows(rows: Sequence[Row], category: str, path: str) -> list[Question]:
     """Questions of one of RULER's own files.
 
     Raises:
         DataError: a row without an answer; names the file and the row.
     """
     out = []
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         outputs = tuple(str(x) for x in row["outputs"])
         if not outputs or not all(x.strip() for x in outputs):
             raise DataError(

@@ -39,9 +39,10 @@ def run(cfg: Any, context: Any) -> None:
     # Expanded first: a wrong row costs no model.
     variants = [Variant("exact", QuantSpec(method="none")), *expand(task.variants)]
     bench = open_workbench(cfg, context)
-    window = min(task.window or bench.context, bench.context)
+    window = bench.length("task.window", task.window)
+    bench.length("task.passkey_length", task.passkey_length if task.passkeys else None)
     stream = bench.heldout(task.max_tokens, task.part)
-    windows = windows_of(stream, window, task.stride or window)
+    windows = windows_of(stream, window, task.stride or window, bench.heldout_name)
     prompts = list(_passkeys(bench, task, cfg.seed))
     rows = []
     for variant in progress(context.console)(variants, "calibrations", len(variants)):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvquant.data.longbench import FIELDS, WHERE_FROM, Suite, check_answers, hub_file, suite
-from kvquant.data.rows import read_rows
+from kvquant.data.rows import Row, read_rows
 from kvquant.errors import DataError
 from kvquant.tasks.questions import Item, answer, encode_prompt
 from kvquant.tasks.setup import open_workbench
@@ -20,8 +20,9 @@ def run(cfg: Any, context: Any) -> None:
         context: see :class:`kvquant.tasks.run_task.TaskContext`.
     """
     task = cfg.task
-    loaded: list[tuple[str, Suite, list[dict[str, Any]], str]] = []
-    for name in task.suites:
+    loaded: list[tuple[str, Suite, list[Row], str]] = []
+    suites = {name: suite(name) for name in task.suites}
+    for name in suites:
         if task.path == "hub":
             path = str(hub_file(name, context.run_dir / "longbench"))
         else:
@@ -29,11 +30,11 @@ def run(cfg: Any, context: Any) -> None:
             path = str(given / f"{name}.jsonl" if given.is_dir() else given)
         rows = read_rows(path, FIELDS, where_from=f"{WHERE_FROM}, {name}.jsonl", limit=task.count)
         check_answers(rows, path)
-        loaded.append((name, suite(name), rows, path))
+        loaded.append((name, suites[name], rows, path))
     bench = open_workbench(cfg, context)
     items = []
     for name, found, rows, path in loaded:
-        for number, row in enumerate(rows, 1):
+        for number, row in rows:
             what = f"{path}, row {number}"
             if not any(bench.tokenizer.encode(str(a), add_special_tokens=False) for a in row["answers"]):
                 raise DataError(

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kvquant.calibration import Calibration, exact_calibration
 from kvquant.data.synthetic import key_value_prompts, passkey_prompts
-from kvquant.errors import DataError
 from kvquant.items import ItemStore, short_hash
 from kvquant.statistics import holm, share_interval, sign_test
 from kvquant.tasks.quality import run_cache
@@ -34,11 +33,7 @@ def run(cfg: Any, context: Any) -> None:
     bench = open_workbench(cfg, context)
     task = cfg.task
     for length in task.lengths:
-        if length > bench.context:
-            raise DataError(
-                f"task.lengths must be at most the model's context of {bench.context} tokens, got {length}; lower it, or "
-                "set rope scaling in the model's config.json"
-            )
+        bench.length("task.lengths", length)
     calibrations = {"exact": exact_calibration(bench.shape), "quantized": bench.calibration()}
     stores = {n: ItemStore(task.items_dir, item_key(bench, c)) for n, c in calibrations.items()}
     filler = bench.heldout(None).numpy()

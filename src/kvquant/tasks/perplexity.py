@@ -23,8 +23,10 @@ def run(cfg: Any, context: Any) -> None:
     """
     bench = open_workbench(cfg, context)
     task = cfg.task
-    length = min(task.window or bench.context, bench.context)
-    windows = windows_of(bench.heldout(task.max_tokens, task.part), length, task.stride or length)
+    length = bench.length("task.window", task.window)
+    windows = windows_of(
+        bench.heldout(task.max_tokens, task.part), length, task.stride or length, bench.heldout_name
+    )
     calibration = bench.calibration()
     # Numbered, because text that repeats makes windows of one name.
     by_name = {f"{index:06d}-{window.name}": window for index, window in enumerate(windows)}

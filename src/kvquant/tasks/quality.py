@@ -41,7 +41,7 @@ class Window:
         return digest.hexdigest()[:16]
 
 
-def windows_of(stream: Tensor, window: int, stride: int) -> list[Window]:
+def windows_of(stream: Tensor, window: int, stride: int, text: str = "the held-out text") -> list[Window]:
     """Cut a stream into windows that together predict every token but the first, or the first of each.
 
     Args:
@@ -49,17 +49,16 @@ def windows_of(stream: Tensor, window: int, stride: int) -> list[Window]:
         window: tokens of a window.
         stride: tokens that each window predicts; equal to ``window``: contiguous windows, each of which predicts all
             but its first token (KVQuant's protocol).
+        text: what the stream comes from, for errors.
 
     Raises:
         DataError: fewer than 2 tokens, or less than one window.
     """
     if len(stream) < 2:
-        raise DataError(
-            f"the held-out text must hold at least 2 tokens, got {len(stream)}; choose a longer data.path"
-        )
+        raise DataError(f"{text} must hold at least 2 tokens, got {len(stream)}; choose a longer data.path")
     if len(stream) < window:
         raise DataError(
-            f"the held-out text must hold a window of {window} tokens, got {len(stream)}; try task.window={len(stream)}, "
+            f"{text} must hold a window of {window} tokens, got {len(stream)}; try task.window={len(stream)}, "
             "a larger task.max_tokens or a longer data.path"
         )
     out = [Window(stream[:window], 0)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvquant.data.rows import read_rows
-from kvquant.data.ruler import WHERE_FROM, Question, generate, questions_of_rows, score
+from kvquant.data.ruler import FIELDS, WHERE_FROM, Question, generate, questions_of_rows, score
 from kvquant.errors import DataError
 from kvquant.tasks.questions import Item, answer, encode_prompt
 from kvquant.tasks.setup import Workbench, open_workbench
@@ -23,9 +23,9 @@ def run(cfg: Any, context: Any) -> None:
     read: list[tuple[Question, str]] = []
     for path in task.paths:
         # Read before the model: a broken file costs a second.
-        rows = read_rows(path, ("input", "outputs"), where_from=WHERE_FROM, limit=task.count)
-        name = Path(path).stem
-        read += [(q, f"{path}, row {i}") for i, q in enumerate(questions_of_rows(rows, name, str(path)), 1)]
+        rows = read_rows(path, FIELDS, where_from=WHERE_FROM, limit=task.count)
+        found = questions_of_rows(rows, Path(path).stem, str(path))
+        read += [(q, f"{path}, row {row.number}") for q, row in zip(found, rows, strict=True)]
     bench = open_workbench(cfg, context)
     questions = read or [(q, f"task.categories={q.category}") for q in _generated(bench, task, cfg.seed)]
     items = []
@@ -43,7 +43,7 @@ def run(cfg: Any, context: Any) -> None:
 
 
 def _generated(bench: Workbench, task: Any, seed: int) -> list[Question]:
-    length = min(task.length or bench.context, bench.context)
+    length = bench.length("task.length", task.length)
     text = "\n".join(document.text for document in bench.corpus.heldout)
 
     def count_tokens(text: str) -> int:

@@ -98,6 +98,24 @@ class Workbench:
                 )
         return token_stream(self.tokenizer, documents, max_tokens)
 
+    def length(self, key: str, tokens: int | None) -> int:
+        """A setting in tokens, the model's context where it is None.
+
+        Raises:
+            DataError: it is longer than the context.
+        """
+        if tokens is not None and tokens > self.context:
+            raise DataError(
+                f"{key} must be at most the model's context of {self.context} tokens, got {tokens}; lower it, or set rope "
+                "scaling in the model's config.json"
+            )
+        return self.context if tokens is None else tokens
+
+    @property
+    def heldout_name(self) -> str:
+        """What errors call the held-out text."""
+        return f"the held-out part of {self.cfg.data.path or self.cfg.data.name}"
+
     def cache_settings(self) -> dict[str, Any]:
         """The arguments of ``kv.new_cache`` that the configuration sets."""
         cache = self.cfg.cache
