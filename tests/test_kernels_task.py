@@ -18,11 +18,11 @@ from kvquant.bench.timing import Clock, Timing, copies_past_cache
 from kvquant.cli import conf_dir
 from kvquant.config import register_schemas, validate
 from kvquant.config.cost_tasks import KERNEL_OPERATIONS
-from kvquant.errors import ConfigError
+from kvquant.errors import ConfigError, DeviceError
 from kvquant.report.kernels_figure import draw_kernels
 from kvquant.results import load_result
 from kvquant.spec import QuantSpec
-from kvquant.tasks import kernels, run_task
+from kvquant.tasks import kernel_cases, run_task
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -81,12 +81,23 @@ def test_the_whole_task_from_its_command_line(tmp_path):
 
 
 def test_what_does_not_fit_is_left_out_and_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "MEMORY_SHARE", 1e-9)
+    monkeypatch.setattr(kernel_cases, "MEMORY_SHARE", 1e-9)
     run_task.execute(composed("task.bits=[4]"), run_dir=tmp_path, console=Console(quiet=True))
     metrics = load_result(tmp_path)["metrics"]
     assert metrics["rows"] == []
-    assert {skip["part"] for skip in metrics["skipped"]} == {"layer share", "full precision", "over history"}
+    assert {skip["part"] for skip in metrics["skipped"]} == {"layer_share", "full precision", "history"}
     assert all("GiB are free" in skip["reason"] for skip in metrics["skipped"])
+
+
+def test_a_failure_costs_no_other_measurement_and_fails_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_cases, "measure_dequantize", lambda *_: 1 / 0)
+    operations = "task.operations=[write_keys,dequantize,decode]"
+    with pytest.raises(DeviceError, match="1 failed, first dequantize: division by zero"):
+        cfg = composed("task.bits=[4]", operations)
+        run_task.execute(cfg, run_dir=tmp_path, console=Console(quiet=True))
+    result = load_result(tmp_path)
+    assert result["status"] == "failed"
+    assert [row["operation"] for row in result["metrics"]["rows"]] == ["write_keys", "decode"]
 
 
 @pytest.mark.parametrize(("new", "reads"), [(1, "quantized"), (20, "quantized"), (20, "exact")])
