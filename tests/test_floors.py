@@ -18,6 +18,7 @@ FLOORS: list[tuple[str, int]] = [
     ("__init__", 0),
     ("errors", 0),
     ("spec", 0),
+    ("kernel_limits", 0),
     ("ragged", 0),
     ("provenance", 0),
     ("results", 0),

@@ -26,6 +26,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from kvquant.cli import CONFIG_NAME, conf_dir
 from kvquant.config import validate
 from kvquant.errors import ConfigError
+from kvquant.kernel_limits import gpu_refusal
 from kvquant.validation import nearest
 
 TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
@@ -246,6 +247,23 @@ def check_launcher(cfg: DictConfig, *, multirun: bool) -> None:
         )
 
 
+def check_gpu(cfg: DictConfig, launcher: str | None) -> None:
+    """Refuse ``kernel=triton`` where no GPU of this machine runs it; jobs for other machines look there, at their start.
+
+    Args:
+        cfg: a composed configuration.
+        launcher: the choice of ``hydra/launcher``.
+
+    Raises:
+        ConfigError: says why, and which backend works.
+    """
+    if cfg.kernel.backend != "triton" or launcher not in (None, "basic", "local"):
+        return
+    reason = gpu_refusal()
+    if reason is not None:
+        raise ConfigError(f"kernel.backend=triton {reason}; try kernel=pytorch_fused")
+
+
 def _check(composer: Composer, overrides: list[Override], *, multirun: bool, only_compose: bool) -> None:
     first = points(overrides, [])[0]
     base = composer.compose(first)
@@ -265,10 +283,12 @@ def _check(composer: Composer, overrides: list[Override], *, multirun: bool, onl
         )
     for point in points(overrides, parse([f"{key}={value}" for key, value in params.items()])):
         cfg = composer.compose(point)
+        launcher = OmegaConf.select(cfg, "hydra.runtime.choices.hydra/launcher")
         with open_dict(cfg):
             cfg.pop("hydra")
         try:
             validate(cfg)
+            check_gpu(cfg, launcher if multirun else None)
         except ConfigError as error:
             swept = [entry for entry in point if entry not in {_line(o) for o in overrides}]
             where = f" (in the sweep's point {' '.join(swept)})" if swept else ""

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kvquant.config import Config, TaskConfig, require
 from kvquant.errors import ConfigError
+from kvquant.kernel_limits import TRITON_BITS, spec_refusal
 from kvquant.spec import NUQ_FAMILY, QuantSpec
 
 # Tasks whose figures are about quality: with exact reads a prompt's own keys and values would not be quantized.
@@ -107,12 +108,21 @@ def _check_cache(cache: Any) -> None:
     _one_of("cache.prefill_reads", cache.prefill_reads, ("quantized", "exact"))
 
 
-def _check_kernel(kernel: Any, device: str) -> None:
-    _one_of("kernel.backend", kernel.backend, ("auto", "reference", "pytorch_fused", "triton"))
-    if kernel.backend == "triton" and device == "cpu":
-        raise ConfigError(
-            "kernel.backend=triton must run on an NVIDIA GPU, got device=cpu; try kernel=pytorch_fused"
+def _check_kernel(cfg: Any) -> None:
+    _one_of("kernel.backend", cfg.kernel.backend, ("auto", "reference", "pytorch_fused", "triton"))
+    if cfg.kernel.backend != "triton":
+        return
+    reason = "must run on an NVIDIA GPU, got device=cpu" if cfg.device == "cpu" else None
+    reason = reason or spec_refusal(QuantSpec(**cfg.quant), cfg.cache.block_size)
+    others = (
+        set(cfg.task.get("bits") or []) - set(TRITON_BITS) if cfg.task.name in ("kernels", "energy") else ()
+    )
+    if reason is None and others:
+        reason = (
+            f"decodes codes of {', '.join(map(str, TRITON_BITS))} bits, got task.bits={list(cfg.task.bits)}"
         )
+    if reason is not None:
+        raise ConfigError(f"kernel.backend=triton {reason}; try kernel=pytorch_fused")
 
 
 def _check_batch(batch: Any) -> None:
@@ -245,7 +255,7 @@ def check_config(cfg: DictConfig) -> None:
     _check_model(cfg.model)
     _check_quant(cfg.quant, cfg.kernel.backend)
     _check_cache(cfg.cache)
-    _check_kernel(cfg.kernel, cfg.device)
+    _check_kernel(cfg)
     _check_batch(cfg.batch)
     _check_data(cfg.data, cfg.calibration)
     _check_surroundings(cfg)

@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from types import ModuleType
 from typing import NamedTuple
@@ -22,7 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvquant.kernel_limits import capability_refusal
 from kvquant.ragged import RaggedStep
+
+log = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "pytorch_fused", "triton")
 OPERATIONS = (
@@ -175,7 +179,10 @@ def get_backend(name: str, device_type: str = "cpu") -> ModuleType:
         ValueError: the name is unknown or the backend cannot run here; says which would.
     """
     if name == "auto":
-        name = "triton" if device_type == "cuda" and not triton_refusal(device_type) else "pytorch_fused"
+        reason = triton_refusal(device_type) if device_type == "cuda" else None
+        name = "triton" if device_type == "cuda" and reason is None else "pytorch_fused"
+        if reason is not None:
+            say_once(f"kernel=auto runs plain PyTorch on the GPU: triton {reason}")
     if name not in BACKENDS:
         raise ValueError(f"kernel must be one of auto, {', '.join(BACKENDS)}, got {name!r}; try auto")
     if name == "triton":
@@ -184,6 +191,12 @@ def get_backend(name: str, device_type: str = "cpu") -> ModuleType:
             raise ValueError(f"kernel=triton {reason}; try kernel=pytorch_fused, which runs on {device_type}")
         name = "triton_kernels"
     return importlib.import_module(f"kvquant.kernels.{name}")
+
+
+@functools.lru_cache(maxsize=64)
+def say_once(message: str) -> None:
+    """Log that something slower runs than could; the same words once a process, whatever the number of layers."""
+    log.warning("%s", message)
 
 
 @functools.lru_cache(maxsize=4)
@@ -198,10 +211,7 @@ def triton_refusal(device_type: str) -> str | None:
         return None  # triton's interpreter, which tests use
     if device_type != "cuda":
         return f"must run on an NVIDIA GPU, got {device_type}"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return f"must run on compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
-    return None
+    return capability_refusal(torch.cuda.get_device_capability())
 
 
 def run_argument(kernels: ModuleType, step: RaggedStep) -> dict[str, Tensor]:

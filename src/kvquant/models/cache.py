@@ -16,12 +16,13 @@ from kvquant.block_pool import BlockPool
 from kvquant.errors import DataError, ModelError, PoolExhausted
 from kvquant.measure import Stopwatch
 from kvquant.models.attention_hook import attention_modules
+from kvquant.models.backend_check import check_backend
 from kvquant.models.counting_layer import CountingLayer
 from kvquant.models.devices import input_device, layer_devices
 from kvquant.models.forward_call import CachedLayer, CallTokens, ForwardCall, check_lengths, padded_tokens
 from kvquant.models.loading import ModelShape
 from kvquant.models.pools import PoolSize, allocate_pools, group_layers
-from kvquant.models.rotary import check_rope_switch, rope_switch, rope_type_of
+from kvquant.models.rotary import check_rope_switch, rope_switch, rope_type_of, rotated_channels
 from kvquant.ragged import cumulative_lengths
 
 
@@ -87,6 +88,8 @@ class QuantizedCache(Cache):
             for inner, layer in enumerate(group.layers)
         }
         rotary = model.get_decoder().rotary_emb
+        rotated = rotated_channels(rotary)
+        check_backend(backend, quantizers, devices, block_size=block_size, rotated=rotated)
         self._layers = [
             CachedLayer(*place[layer], shape.windows[layer], rope_type_of(module, rotary), device, quantizer)
             for layer, (module, device, quantizer) in enumerate(

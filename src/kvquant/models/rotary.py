@@ -70,6 +70,12 @@ def call_rope(
     return CallRope(rope, query_cos, query_sin)
 
 
+def rotated_channels(rotary: Any) -> int | None:
+    """Channels of a head that the model rotates; None if its embedding has no frequencies."""
+    counts = [2 * len(buffer) for name, buffer in rotary.named_buffers() if name.endswith("inv_freq")]
+    return max(counts, default=None)
+
+
 def rope_switch(rotary: Any) -> int | None:
     """Tokens after which a long rope takes its long frequencies; None for any other kind."""
     if rotary.rope_type != "longrope":

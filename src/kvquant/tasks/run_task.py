@@ -139,6 +139,21 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
 
 
+def check_kernel(backend: str, device: torch.device) -> None:
+    """Refuse a backend that cannot run on the device before a model is loaded.
+
+    Raises:
+        DeviceError: says why, and which backend works.
+    """
+    if backend == "triton":
+        from kvquant.kernels import get_backend
+
+        try:
+            get_backend(backend, device.type)
+        except ValueError as error:
+            raise DeviceError(str(error)) from None
+
+
 def device_name(device: torch.device) -> str:
     """Return what a reader would call the device: the GPU's or the processor's name."""
     if device.type != "cuda":
@@ -249,6 +264,7 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
         task = _load_task(cfg.task.name)
         device = resolve_device(cfg.device)
         record.provenance["device"] = device_name(device)
+        check_kernel(cfg.kernel.backend, device)
         seed_everything(cfg.seed)
         grid = {key: value for key, value in config["energy"].items() if key != "meter"}
         context = TaskContext(

@@ -1,0 +1,212 @@
+"""A backend that cannot run is refused before anything starts, with the reason and the one that works."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from kvquant import kernels
+from kvquant.batched_quant import BatchedKVQuantizer
+from kvquant.cli import conf_dir
+from kvquant.config import register_schemas, validate
+from kvquant.errors import ConfigError, DeviceError
+from kvquant.kernel_limits import gpu_refusal, layer_refusal, spec_refusal
+from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore
+from kvquant.methods import hadamard
+from kvquant.models.backend_check import check_backend
+from kvquant.preflight import check_gpu
+from kvquant.spec import QuantSpec
+from kvquant.tasks.run_task import check_kernel
+from test_cli import run
+
+GPU = torch.device("cuda")
+
+
+def composed(*overrides: str):
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides=["kernel=triton", *overrides])
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """A driver that shows GPUs of these compute capabilities."""
+
+    def show(*capabilities: tuple[int, int], driver: bool = True) -> None:
+        class NVMLError(Exception):
+            pass
+
+        def init() -> None:
+            if not driver:
+                raise NVMLError
+
+        fake = types.SimpleNamespace(
+            NVMLError=NVMLError,
+            nvmlInit=init,
+            nvmlShutdown=lambda: None,
+            nvmlDeviceGetCount=lambda: len(capabilities),
+            nvmlDeviceGetHandleByIndex=lambda index: index,
+            nvmlDeviceGetCudaComputeCapability=lambda index: capabilities[index],
+        )
+        monkeypatch.setitem(sys.modules, "pynvml", fake)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return show
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["quant.bits=8"], "decodes codes of 2, 3 or 4 bits, got quant.key_bits=8; try kernel=pytorch_fused"),
+        (["quant.value_bits=1"], "got quant.value_bits=1"),
+        (["cache.block_size=256"], "decodes blocks of 32, 64 or 128 tokens, got cache.block_size=256"),
+        (["quant=none", "cache.block_size=256"], "decodes blocks of 16, 32, 64 or 128 tokens"),
+        (["task=kernels", "task.bits=[4,8]"], r"got task.bits=\[4, 8\]"),
+        (["task=energy", "task.bits=[5]"], r"got task.bits=\[5\]"),
+        (["device=cpu"], "must run on an NVIDIA GPU, got device=cpu"),
+    ],
+)
+def test_settings_that_no_triton_kernel_runs_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=f"^kernel.backend=triton .*{message}"):
+        validate(composed(*overrides))
+    validate(composed(*(o for o in overrides if o != "device=cpu"), "kernel=auto"))
+
+
+def test_a_machine_without_a_gpu_costs_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, out, err = run(tmp_path, "kernel=triton")
+    assert code == 2 and out == "" and list(tmp_path.iterdir()) == []
+    assert (
+        err.startswith("error: kernel.backend=triton must run on an NVIDIA GPU, got none")
+        and err.count("\n") == 1
+    )
+    code, _, err = run(tmp_path, "-m", "kernel=triton,auto")
+    assert code == 2 and "sweep's point kernel=triton" in err
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "message"),
+    [
+        ([], "got a machine without one"),
+        ([(7, 5)], "compute capability 8.0 or later, got 7.5"),
+        ([(7, 5), (8, 6)], None),
+        ([(9, 0)], None),
+    ],
+)
+def test_the_driver_says_which_gpus_there_are(capabilities, message, nvml):
+    nvml(*capabilities)
+    reason = gpu_refusal()
+    assert reason is None if message is None else message in reason
+    if message is not None:
+        with pytest.raises(ConfigError, match="kernel.backend=triton .*try kernel=pytorch_fused"):
+            check_gpu(composed(), None)
+
+
+def test_no_driver_is_no_gpu_and_jobs_elsewhere_are_not_judged_here(nvml):
+    nvml((9, 0), driver=False)
+    assert "without one" in gpu_refusal()
+    check_gpu(composed(), "athena")
+    check_gpu(composed("kernel=auto"), None)
+
+
+def test_the_run_itself_refuses_too():
+    with pytest.raises(
+        DeviceError, match="kernel=triton must run on an NVIDIA GPU, got cpu; try kernel=pytorch"
+    ):
+        check_kernel("triton", torch.device("cpu"))
+    check_kernel("auto", torch.device("cpu"))
+
+
+def quantizer(head_dim=64, heads=2, **spec):
+    x = torch.randn(64, heads, head_dim, generator=torch.Generator().manual_seed(0))
+    return BatchedKVQuantizer.calibrate(QuantSpec(**spec), x, x)
+
+
+@pytest.fixture
+def with_triton(monkeypatch):
+    """A GPU of the right kind, as far as the backend's choice goes."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "triton_refusal", lambda device_type: None)
+    kernels.say_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("layers", "rotated", "message"),
+    [
+        (
+            [quantizer(), quantizer(head_dim=40)],
+            None,
+            r"got head_dim=40 \(layer 1\); try kernel=pytorch_fused",
+        ),
+        ([quantizer(bits=5)] * 3, 64, r"got quant.key_bits=5 \(3 layers from layer 0 on\)"),
+        ([quantizer()], 32, "rotates whole heads, got 32 rotated channels of 64"),
+        (
+            [quantizer(value_groups=4)],
+            64,
+            "value groups of whole heads, got quant.value_groups=4 for 2 heads",
+        ),
+        ([quantizer(recent_tokens=4)], 64, "reads no recent tokens"),
+        ([BatchedKVQuantizer.exact(2, 24)], 24, "multiple of 16 up to 256 channels, got head_dim=24"),
+    ],
+)
+def test_a_model_that_triton_cannot_run_is_refused_or_said_once(
+    layers, rotated, message, with_triton, caplog
+):
+    devices = [GPU] * len(layers)
+    with pytest.raises(DeviceError, match=f"^kernel=triton .*{message}"):
+        check_backend("triton", layers, devices, block_size=64, rotated=rotated)
+    caplog.set_level(logging.WARNING)
+    for _ in range(3):
+        check_backend("auto", layers, devices, block_size=64, rotated=rotated)
+    assert len(caplog.records) == 1 and caplog.text.count("kernel=auto attends with plain PyTorch in") == 1
+
+
+def test_a_method_with_blocks_of_its_own_is_refused_too(with_triton):
+    own = hadamard.Method.__new__(hadamard.Method)
+    own.spec = QuantSpec(method="hadamard")
+    with pytest.raises(DeviceError, match="reads the blocks of the nuq family, got quant=hadamard"):
+        check_backend("triton", [own], [GPU], block_size=64, rotated=64)
+
+
+def test_nothing_is_said_where_the_kernels_run(with_triton, caplog):
+    layers = [quantizer(), BatchedKVQuantizer.exact(2, 64)]
+    for backend in ("auto", "triton"):
+        check_backend(backend, layers, [GPU] * 2, block_size=64, rotated=64)
+    check_backend("auto", [quantizer(bits=8)], [torch.device("cpu")], block_size=64, rotated=64)
+    assert not caplog.records
+
+
+def test_the_limits_are_those_of_the_kernels_launcher():
+    pytest.importorskip("triton")
+    from kvquant.kernels.triton_kernels.attention import decode_refusal
+
+    for bits, head_dim, block_size, rotated, groups in itertools.product(
+        (1, 2, 3, 4, 5, 8),
+        (16, 32, 40, 48, 64, 80, 96, 128, 256, 272),
+        (16, 32, 64, 128, 256),
+        (16, None),
+        (1, 2),
+    ):
+        H, rotated = 2, head_dim if rotated is None else rotated
+        layer = StoredLayer(
+            kernels,
+            KeyStore(*[torch.empty(1, H, 1, 1)] * len(KeyStore._fields)),
+            ValueStore(*[torch.empty(1, H, groups)] * len(ValueStore._fields)),
+            None,
+            bits,
+            bits,
+            head_dim,
+        )
+        theirs = decode_refusal(
+            torch.empty(1, H, head_dim), layer, Rope(*[torch.empty(1, rotated // 2)] * 4), block_size
+        )
+        spec = QuantSpec(bits, value_groups=groups)
+        ours = layer_refusal(spec, block_size, num_kv_heads=H, head_dim=head_dim, rotated=rotated)
+        assert (ours is None) == (theirs is None), (bits, head_dim, block_size, rotated, groups, ours, theirs)
+        assert spec_refusal(spec, block_size) is None or ours is not None
