@@ -194,12 +194,25 @@ class Layer:
         self._attend(step, None)
 
     def prefill(self) -> None:
-        """Launch attention of a chunk over a history and over itself, stored and exact."""
+        """Launch attention of a chunk over a history and over itself, stored and exact; the library's products apart."""
+        prefill = importlib.import_module("kvquant.kernels.triton_kernels.prefill")
         table = torch.arange(6, dtype=torch.int32)[None]
         step = RaggedStep.build([200], [130], torch.arange(1), table, BLOCK_SIZE)
         own = self.tokens[:130].bfloat16()
+        query = torch.zeros(130, self.shape.query_heads, self.shape.head_dim, dtype=torch.bfloat16)
         for exact in (None, (own, own)):
-            self._attend(step, exact)
+            prefill.attend_prefill(
+                query,
+                step,
+                self.reader,
+                self.rope,
+                exact,
+                None,
+                block_size=BLOCK_SIZE,
+                softmax_scale=1.0,
+                workspace_tokens=256,
+                attend_segment=lambda q, *_: (q, q.new_zeros(q.shape[1], len(q), dtype=torch.float32)),
+            )
 
     def _attend(self, step: RaggedStep, exact: tuple[Tensor, Tensor] | None) -> None:
         T, D = sum(step.lengths), self.shape.head_dim

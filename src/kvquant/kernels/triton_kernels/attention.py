@@ -1,4 +1,5 @@
-"""Choose and launch: decode calls go to the decode kernel, all others dequantize tile by tile in plain PyTorch."""
+"""Choose and launch: decode calls read packed codes, prefill dequantizes segments for FlashAttention, and what neither
+can do is dequantized tile by tile in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore
 from kvquant.kernels.tiled_attention import attend_tiled
 from kvquant.kernels.triton_kernels import decode
 from kvquant.kernels.triton_kernels.exact_decode import attend_exact_decode, exact_refusal
+from kvquant.kernels.triton_kernels.prefill import attend_prefill, prefill_refusal
 from kvquant.packing import packed_row_bytes, plane_widths
 from kvquant.ragged import RaggedStep
 
@@ -39,8 +41,8 @@ def attend(
     """Attention of a call; arguments and result as of :func:`kvquant.kernels.tiled_attention.attend_tiled`.
 
     A call of one new token per sequence reads packed codes (:func:`attend_decode`) or exact blocks
-    (:func:`attend_exact_decode`) where :func:`decode_refusal` or :func:`exact_refusal` has nothing against it; prefill
-    and everything else is dequantized tile by tile.
+    (:func:`attend_exact_decode`) where :func:`decode_refusal` or :func:`exact_refusal` has nothing against it; any
+    other call is :func:`attend_prefill`'s where :func:`prefill_refusal` has not. The rest goes tile by tile.
     """
     if max(step.lengths) == 1:
         for refusal, decode_with in ((decode_refusal, attend_decode), (exact_refusal, attend_exact_decode)):
@@ -58,6 +60,18 @@ def attend(
                     window=window,
                     softcap=softcap,
                 )
+    if query.is_cuda and prefill_refusal(query, read_tile, rope, block_size, softcap) is None:
+        return attend_prefill(
+            query,
+            step,
+            read_tile,  # type: ignore[arg-type]
+            rope,
+            exact if max(step.lengths) > 1 else None,
+            sinks,
+            block_size=block_size,
+            softmax_scale=softmax_scale,
+            window=window,
+        )
     return attend_tiled(
         query,
         step,
