@@ -94,8 +94,8 @@ class FakeDriver:
         self.closed += 1
 
 
-def meter_of(driver: FakeDriver, uuid: str = "aaaa"):
-    return gpu_meter(driver, uuid, GRID, lambda: None)
+def meter_of(driver: FakeDriver, uuid: str = "aaaa", gpus: int = 1):
+    return gpu_meter(driver, uuid, GRID, lambda: None, lambda: gpus)
 
 
 def sampling_threads() -> list[threading.Thread]:
@@ -128,6 +128,12 @@ def test_two_methods_that_disagree_make_a_window_invalid() -> None:
     with meter_of(driver).window("work") as window:
         time.sleep(0.4)
     assert "integrated power more than 5% from the counter" in window_faults(window)
+
+
+def test_a_model_on_several_gpus_is_not_charged_to_one() -> None:
+    with meter_of(FakeDriver(), gpus=2).window("work") as window:
+        time.sleep(0.1)
+    assert "this process used several GPUs and one is metered" in window_faults(window)
 
 
 def test_the_gpu_is_found_by_uuid_and_its_sharing_told() -> None:

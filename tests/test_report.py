@@ -60,7 +60,6 @@ def write_run(
             "quality": {"perplexity_exact": 20.0, "perplexity_quantized": 20.0 + 8 / 4**bits},
             "prefill": {"ttft_s_exact": 0.1 * prompts, "ttft_s_quantized": 0.12 * prompts},
             "decode": {"tokens_per_s_exact": 10.0, "tokens_per_s_quantized": 9.0},
-            "energy": {"quantized": {"energy_kind": "measured", "prefill_energy_j_per_token": 0.5}},
         },
         "table": None,
         "figures": [],
@@ -110,7 +109,7 @@ def test_a_report_writes_every_format_and_links_numbers_to_runs(tmp_path: Path, 
     }
     table = pyarrow.parquet.read_table(folder / "runs.parquet")
     assert table.num_rows == 6 and str(table.schema.field("metrics.prefill.ttft_s_exact").type) == "double"
-    drawn = {"quality_bits", "speed_batch", "memory_tokens", "energy_tokens"}
+    drawn = {"quality_bits", "speed_batch", "memory_tokens"}
     assert {Path(name).stem for name in result["figures"]} == drawn
     for name in drawn:
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"

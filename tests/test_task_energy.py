@@ -18,13 +18,14 @@ from rich.console import Console
 from kvquant.cli import conf_dir
 from kvquant.config import register_schemas, validate
 from kvquant.energy import CarbonIntensity, CounterLimits, Sample, Window
+from kvquant.energy.fleet import FleetLoad, assumptions_text, fleet_bill
 from kvquant.energy.protocol import FilledWindow
 from kvquant.energy.sampling import SampledMeter, ThreadSampler
 from kvquant.errors import ConfigError, PoolExhausted
 from kvquant.results import load_result
 from kvquant.tasks import run_task
 from kvquant.tasks.energy_loads import LoadShelf
-from kvquant.tasks.energy_summary import compare_point, energy_table, fleet_table, summarize_variant
+from kvquant.tasks.energy_summary import compare_point, energy_table, summarize_variant
 
 GRID = CarbonIntensity(662.0, "test grid", pue=1.5)
 QUICK = (
@@ -112,7 +113,8 @@ def test_a_measured_run_gives_ratios_and_says_why_they_are_no_headline(run, monk
             assert cell["energy_delay_js"] == pytest.approx(200 * seconds**2, rel=0.02)
     # A machine that draws as much at work as at rest: nothing is above idle.
     assert all(abs(j) < 1 for j in metrics["load"]["above_idle_j"])
-    assert len(metrics["fleet"]["rows"]) == 3
+    # Windows of a tenth of a second are no basis for a fleet.
+    assert metrics["fleet"]["rows"] == []
 
 
 def test_every_task_says_what_it_took_also_when_it_fails(run, tmp_path, monkeypatch) -> None:
@@ -193,21 +195,13 @@ def test_a_sound_series_is_a_headline() -> None:
     assert compare_point({"none": exact, "nuq3": shared}, "none")["headline"] == {}
 
 
-def test_the_fleets_bill_can_be_done_by_hand(calibration_dir) -> None:
-    task = composed(
-        calibration_dir,
-        *QUICK,
-        "task.fleet_levels=[0,1]",
-        "task.fleet_context_tokens=[1000,1000]",
-        "task.fleet_generated_tokens=[200,200]",
-        "task.fleet_requests_per_day=3600",
-    ).task
-    points = [
+def fleet_points(**cell) -> list[dict]:
+    return [
         {
             "phase": phase,
             "batch": 8,
             "prompt_tokens": length,
-            "variants": {"none": {"j_per_token_mean": j, "energy_kind": "measured"}},
+            "variants": {"none": {"j_per_token_mean": j, "energy_kind": "measured", "faults": [], **cell}},
         }
         for phase, length, j in [
             ("prefill", 500, 0.1),
@@ -216,13 +210,28 @@ def test_the_fleets_bill_can_be_done_by_hand(calibration_dir) -> None:
             ("decode", 1500, 3.0),
         ]
     ]
-    table = fleet_table(points, task, GRID)
+
+
+def test_the_fleets_bill_can_be_done_by_hand() -> None:
+    load = FleetLoad(3600, [0.0, 1.0], [1000, 1000], [200, 200])
+    table = fleet_bill(fleet_points(), load, GRID)
     (row,) = table["rows"]
     # 1,000 prompt tokens at 0.2 J and 200 answer tokens at 2 J: 600 J; 3,600 of them are 0.6 kWh, times PUE.
     assert row["j_per_request"] == pytest.approx(600)
     assert row["kwh_per_day"] == pytest.approx(0.9)
     assert row["kgco2e_per_day"] == pytest.approx(0.9 * 0.662)
-    assert table["assumptions"]["requests_per_day"] == 3600
+    assert assumptions_text(table["assumptions"]).startswith(
+        "3,600 requests a day of 1000 prompt and 200 answer tokens on average; what this meter sees, "
+    )
+    assert assumptions_text(table["assumptions"]).endswith("; 662 g/kWh (test grid), PUE 1.5")
+
+
+@pytest.mark.parametrize("cell", [{"faults": ["fewer than 5 windows"]}, {"energy_kind": "estimated"}])
+def test_a_fleet_is_never_billed_by_invalid_figures(cell: dict) -> None:
+    load = FleetLoad(3600, [0.0, 1.0], [1000, 1000], [200, 200])
+    assert fleet_bill(fleet_points(**cell), load, GRID)["rows"] == []
+    # Nor by one phase alone.
+    assert fleet_bill(fleet_points()[:2], load, GRID)["rows"] == []
 
 
 def test_reasons_are_numbered_under_the_table(calibration_dir) -> None:

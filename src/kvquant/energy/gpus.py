@@ -104,6 +104,13 @@ def other_processes(nvml: Any, handle: Any) -> int | None:
     return len(pids - {os.getpid()}) if os.getpid() in pids else max(0, len(pids) - 1)
 
 
+def gpus_in_use() -> int:
+    """How many GPUs this process holds memory on: a meter of one of them misses what the others draw."""
+    import torch
+
+    return sum(torch.cuda.memory_reserved(index) > 0 for index in range(torch.cuda.device_count()))
+
+
 def slowdowns(nvml: Any, handle: Any) -> dict[str, list[str]]:
     """Why clocks are lower than they could be: ``invalid`` reasons and ``normal`` ones."""
     try:

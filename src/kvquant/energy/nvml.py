@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
-from kvquant.energy.gpus import driver_errors, find_gpu, other_processes, slowdowns
+from kvquant.energy.gpus import driver_errors, find_gpu, gpus_in_use, other_processes, slowdowns
 from kvquant.energy.sampling import SampledMeter, ThreadSampler
 from kvquant.energy.traces import CounterLimits, Sample
 from kvquant.energy.windows import MEASURED, CarbonIntensity
@@ -31,10 +32,11 @@ class GpuReader:
     Args:
         nvml: the module pynvml, initialised.
         handle: the GPU.
+        gpus_in_use: how many GPUs this process uses.
     """
 
-    def __init__(self, nvml: Any, handle: Any) -> None:
-        self._nvml, self._handle = nvml, handle
+    def __init__(self, nvml: Any, handle: Any, gpus_in_use: Callable[[], int]) -> None:
+        self._nvml, self._handle, self._gpus_in_use = nvml, handle, gpus_in_use
         self._counter_s = self._state_s = float("-inf")
         self._has_fields = bool(self._fields())
 
@@ -82,7 +84,7 @@ class GpuReader:
 
     def _state(self) -> dict[str, Any]:
         nvml, handle = self._nvml, self._handle
-        state: dict[str, Any] = dict(slowdowns(nvml, handle))
+        state: dict[str, Any] = {**slowdowns(nvml, handle), "gpus_in_use": self._gpus_in_use()}
         for key, read in (
             ("sm_clock_mhz", lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
             ("temperature_c", lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
@@ -114,13 +116,19 @@ def open_nvml(intensity: CarbonIntensity) -> SampledMeter:
     with driver_errors(pynvml):
         pynvml.nvmlInit()
     try:
-        return gpu_meter(pynvml, cuda_uuid, intensity, torch.cuda.synchronize)
+        return gpu_meter(pynvml, cuda_uuid, intensity, torch.cuda.synchronize, gpus_in_use)
     except BaseException:
         pynvml.nvmlShutdown()
         raise
 
 
-def gpu_meter(nvml: Any, cuda_uuid: str, intensity: CarbonIntensity, synchronize: Any) -> SampledMeter:
+def gpu_meter(
+    nvml: Any,
+    cuda_uuid: str,
+    intensity: CarbonIntensity,
+    synchronize: Callable[[], None],
+    gpus_in_use: Callable[[], int],
+) -> SampledMeter:
     """Return the meter of one GPU; closing it shuts ``nvml`` down.
 
     Args:
@@ -128,12 +136,13 @@ def gpu_meter(nvml: Any, cuda_uuid: str, intensity: CarbonIntensity, synchronize
         cuda_uuid: the GPU as CUDA names it.
         intensity: the grid.
         synchronize: waits for the GPU.
+        gpus_in_use: how many GPUs this process uses; every window tells the mean.
 
     Raises:
         MeterUnavailable: NVML does not know the GPU, or it has no such counter.
     """
     handle, identity = find_gpu(nvml, cuda_uuid)
-    reader = GpuReader(nvml, handle)
+    reader = GpuReader(nvml, handle, gpus_in_use)
     reader.look(True)
     scope = "all slices of a MIG GPU together" if identity.mig else "GPU alone"
     # Twice the limit: short peaks above it are real.

@@ -63,6 +63,8 @@ def window_faults(window: Window, *, min_s: float = MIN_WINDOW_S) -> list[str]:
         faults.append(f"integrated power more than {MAX_DISAGREEMENT_PERCENT:g}% from the counter")
     if window.state.get("invalid_slowdowns"):
         faults.append(f"the GPU slowed down: {', '.join(window.state['invalid_slowdowns'])}")
+    if window.state.get("gpus_in_use", 1) > 1:
+        faults.append("this process used several GPUs and one is metered")
     if window.state.get("other_processes"):
         faults.append("other processes used the GPU")
     return faults

@@ -48,8 +48,6 @@ HEADLINES = (
     Headline("TTFT, exact [s]", ("prefill.ttft_s_exact",), ".3f"),
     Headline("decode [tokens/s]", ("decode.tokens_per_s_quantized",), ".1f"),
     Headline("decode, exact [tokens/s]", ("decode.tokens_per_s_exact",), ".1f"),
-    Headline("prefill [J/token]", ("energy.quantized.prefill_energy_j_per_token",), ".4f"),
-    Headline("decode [J/token]", ("energy.quantized.decode_energy_j_per_token",), ".4f"),
     Headline("accuracy [%]", ("accuracy_quantized", "accuracy"), ".2f", 100),
 )
 
@@ -140,30 +138,6 @@ def _both(x: Callable[[Run], float | None], key: str) -> tuple[Variant, Variant]
     )
 
 
-def _energy(phase: str) -> tuple[Variant, ...]:
-    key = f"{phase}_energy_j_per_token"
-
-    def only(kind: str, cache: str) -> Callable[[Run], Pairs]:
-        inner = _pair(_metric("batch.tokens"), f"energy.{cache}.{key}")
-
-        def pairs(run: Run) -> Pairs:
-            metered = run.result["metrics"].get("energy")
-            source = metered.get(cache) if isinstance(metered, dict) else None
-            return inner(run) if isinstance(source, dict) and source.get("energy_kind") == kind else []
-
-        return pairs
-
-    return tuple(
-        Variant(
-            f"{cache}, {kind}",
-            only(kind, cache),
-            ignores=("quant", "calibration") if cache == "exact" else (),
-        )
-        for kind in ("measured", "estimated")
-        for cache in ("exact", "quantized")
-    )
-
-
 def _append(way: str) -> Callable[[Run], Pairs]:
     def pairs(run: Run) -> Pairs:
         by_way = run.result["metrics"].get("append_s")
@@ -248,16 +222,6 @@ FIGURES = (
         "tokens already stored",
         ("task.lengths",),
         (Panel("us per appended token", tuple(Variant(way, _append(way)) for way in _WAYS), log_y=True),),
-    ),
-    FigureSpec(
-        "energy_tokens",
-        "Energy per token",
-        "tokens of the batch",
-        ("batch",),
-        (
-            Panel("prefill [J/token]", _energy("prefill"), log_y=True),
-            Panel("decode [J/token]", _energy("decode"), log_y=True),
-        ),
     ),
     FigureSpec(
         "block_size",

@@ -71,10 +71,11 @@ def _variant_table(
             cells += [Cell(name), *(Cell(text, run if text else None) for text in variant_numbers(entry))]
             rows.append([*cells, Cell(run.folder.name, run)])
     columns = [*apart, "method", *(title for title, *_ in VARIANT_COLUMNS), "run"]
-    return ReportTable(_title(origin), origin, columns, rows)
+    return ReportTable(table_title(origin), origin, columns, rows)
 
 
-def _title(origin: dict[str, str]) -> str:
+def table_title(origin: dict[str, str]) -> str:
+    """Task, model, text, device and code of a group of runs, those it has."""
     parts = [origin[name] for name in ("model", "data", "device") if origin[name] != "-"]
     return f"{origin['task']}: {', '.join([*parts, 'code ' + origin['code']])}"
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from kvquant.calibration import Calibration, exact_calibration
+from kvquant.energy.fleet import PREFILL, FleetLoad, fleet_bill
 from kvquant.energy.nvml import SYSTEMATIC_PERCENT
 from kvquant.energy.protocol import (
     MAX_PHASE_DELAY_S,
@@ -30,8 +31,8 @@ from kvquant.energy.statistics import fit_line
 from kvquant.energy.validity import disagreement_percent, window_faults
 from kvquant.energy.windows import MEASURED, Meter, Window
 from kvquant.errors import MeterError
+from kvquant.report.energy import draw_energy_figure
 from kvquant.tasks.energy_loads import (
-    PREFILL,
     TOO_LARGE,
     LoadShelf,
     ModelLoad,
@@ -39,7 +40,7 @@ from kvquant.tasks.energy_loads import (
     matrix_load,
     uniform_prompts,
 )
-from kvquant.tasks.energy_summary import compare_point, energy_table, fleet_table, summarize_variant
+from kvquant.tasks.energy_summary import compare_point, energy_table, summarize_variant
 from kvquant.tasks.setup import Workbench, open_workbench, progress
 
 EXACT = "none"
@@ -90,10 +91,19 @@ def run(cfg: Any, context: Any) -> None:
         if task.load_check:
             metrics["load"] = _known_load(context, meter, task, idle, rng, log)
         metrics["points"] = _sweep(bench, context, meter, variants, stream, idle, rng, log)
-    metrics["fleet"] = fleet_table(metrics["points"], task, grid)
+    load = FleetLoad(
+        task.fleet_requests_per_day,
+        list(task.fleet_levels),
+        list(task.fleet_context_tokens),
+        list(task.fleet_generated_tokens),
+    )
+    metrics["fleet"] = fleet_bill(metrics["points"], load, grid)
     metrics["slurm"] = _outside_meter()
     title, columns, rows = energy_table(metrics, cfg)
     context.record.set_table(title, columns, rows)
+    picture = context.run_dir / "energy_batch.png"
+    if draw_energy_figure(metrics["points"], picture):
+        context.record.add_figure(picture)
 
 
 class _WindowLog:

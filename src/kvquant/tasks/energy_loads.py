@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kvquant.calibration import Calibration
+from kvquant.energy.fleet import PREFILL
 from kvquant.errors import PoolExhausted
 from kvquant.models import QuantizedCache, quantized_kv_cache
 from kvquant.tasks.setup import Workbench
 
-PREFILL, DECODE = "prefill", "decode"
 # What a point raises whose cache, or the model's work on it, does not fit the memory.
 TOO_LARGE = (PoolExhausted, torch.OutOfMemoryError)
 

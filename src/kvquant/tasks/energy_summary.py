@@ -7,13 +7,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from kvquant.energy.fleet import assumptions_text
 from kvquant.energy.protocol import FilledWindow
 from kvquant.energy.statistics import coefficient_of_variation, mean_interval, paired_ratio
 from kvquant.energy.validity import disagreement_percent, series_faults
-from kvquant.energy.windows import JOULES_PER_KWH, MEASURED, CarbonIntensity
-from kvquant.tasks.energy_loads import DECODE, PREFILL
+from kvquant.energy.windows import MEASURED
 
 Row = list[str | None]
 
@@ -91,61 +89,6 @@ def compare_point(cells: dict[str, Any], exact: str) -> dict[str, Any]:
     return {"ratios": ratios, "headline": headline}
 
 
-def fleet_table(points: Sequence[dict[str, Any]], task: Any, grid: CarbonIntensity) -> dict[str, Any]:
-    """What a fleet would take per day: requests of a trace's lengths at the joules per token measured here.
-
-    An estimate gives no rows: it never compares methods. Prompts and answers are drawn at the same quantile levels; joules per token are interpolated between the measured
-    lengths and constant beyond them, at each batch size alone.
-    """
-    levels = np.asarray(task.fleet_levels, dtype=float)
-    middles = (np.arange(100) + 0.5) / 100
-    context = np.interp(middles, levels, np.asarray(task.fleet_context_tokens, dtype=float))
-    generated = np.interp(middles, levels, np.asarray(task.fleet_generated_tokens, dtype=float))
-    rows = []
-    for batch in sorted({p["batch"] for p in points}):
-        for name in dict.fromkeys(n for p in points for n in p["variants"]):
-            curves = {phase: _curve(points, phase, batch, name) for phase in (PREFILL, DECODE)}
-            cells = [p["variants"].get(name, {}) for p in points if p["batch"] == batch]
-            if not all(curves.values()) or any(cell.get("energy_kind") != MEASURED for cell in cells):
-                continue
-            prompt_j = (context * _interpolated(curves[PREFILL], context)).mean()
-            answer_j = (generated * _interpolated(curves[DECODE], context)).mean()
-            per_day_j = float(prompt_j + answer_j) * task.fleet_requests_per_day
-            rows.append(
-                {
-                    "batch": batch,
-                    "variant": name,
-                    "j_per_request": float(prompt_j + answer_j),
-                    "kwh_per_day": per_day_j / JOULES_PER_KWH * grid.pue,
-                    "kgco2e_per_day": grid.grams(per_day_j) / 1000,
-                }
-            )
-    return {
-        "assumptions": {
-            "requests_per_day": task.fleet_requests_per_day,
-            "mean_context_tokens": float(context.mean()),
-            "mean_generated_tokens": float(generated.mean()),
-            "energy": "what this meter sees, no other part of the servers, every batch full all day",
-            **dataclasses.asdict(grid),
-        },
-        "rows": rows,
-    }
-
-
-def _curve(points: Sequence[dict[str, Any]], phase: str, batch: int, name: str) -> list[tuple[float, float]]:
-    found = [
-        (float(p["prompt_tokens"]), p["variants"][name]["j_per_token_mean"])
-        for p in points
-        if p["phase"] == phase and p["batch"] == batch and "j_per_token_mean" in p["variants"][name]
-    ]
-    return sorted(found)
-
-
-def _interpolated(curve: list[tuple[float, float]], lengths: np.ndarray) -> np.ndarray:
-    at, joules = np.asarray(curve).T
-    return np.interp(lengths, at, joules)
-
-
 COLUMNS = ["", "cache", "J/token", "above idle", "W", "gCO2e/Mtoken", "EDP", "CV", "ratio [95%]", "valid"]
 
 
@@ -164,6 +107,8 @@ def energy_table(metrics: dict[str, Any], cfg: Any) -> tuple[str, list[str], lis
         label = f"{fleet['assumptions']['requests_per_day']:,} requests/day, batch {one['batch']}"
         day = f"{one['kwh_per_day']:.4g} kWh", f"{one['kgco2e_per_day']:.4g} kgCO2e"
         rows.append([label, one["variant"], *day, *[None] * 6])
+    if fleet["rows"]:
+        rows.append([f"(requests/day) {assumptions_text(fleet['assumptions'])}", *[None] * 9])
     rows += [[f"({number}) {reason}", *[None] * 9] for reason, number in reasons.items()]
     return title, COLUMNS, rows
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvquant.block_layout import BlockLayout
 from kvquant.calibration import Calibration, exact_calibration
 from kvquant.data.prompts import cut_prompts, prompt_lengths
+from kvquant.energy.validity import MIN_WINDOWS, window_faults
 from kvquant.errors import DataError
 from kvquant.measure import LogitComparison, Stopwatch, compare_logits
 from kvquant.models import QuantizedCache, quantized_kv_cache
@@ -231,20 +232,23 @@ def _one_pass(bench: Workbench, calibration: Calibration, prompts: list[Tensor],
         store.total_s,
         decode.total_s,
         append.total_s,
-        prefill_window.as_metrics(),
-        decode_window.as_metrics(),
+        {**prefill_window.as_metrics(), "faults": window_faults(prefill_window)},
+        {**decode_window.as_metrics(), "faults": window_faults(decode_window)},
     )
 
 
 def _energy(
     prefill: list[dict[str, Any]], decode: list[dict[str, Any]], tokens: int, decoded: int
 ) -> dict[str, Any]:
-    """Medians over repeats, with the meter's name and kind."""
+    """Medians over repeats, with the meter's name and kind, and what is against publishing them (task=energy can)."""
     out = {
         k: prefill[0][k]
         for k in ("energy_kind", "energy_source", "carbon_intensity_g_per_kwh", "carbon_source")
     }
     for phase, windows, count in (("prefill", prefill, tokens), ("decode", decode, decoded)):
+        out[f"{phase}_faults"] = list(dict.fromkeys(f for w in windows for f in w["faults"]))
+        if len(windows) < MIN_WINDOWS:
+            out[f"{phase}_faults"].append(f"fewer than {MIN_WINDOWS} windows")
         joules = [w["energy_j"] for w in windows]
         if count and all(j is not None for j in joules):
             out[f"{phase}_energy_j"] = statistics.median(joules)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvquant.energy.windows import MEASURED
+
 Row = list[str]
 
 
@@ -105,11 +107,17 @@ def _energy(energy: dict[str, Any]) -> list[Row]:
     rows = []
     for phase in ("prefill", "decode"):
         key = f"{phase}_energy_j"
-        if key in exact and key in quantized:
-            pair = [
-                f"{e[key]:.1f} J, {1000 * e[f'{phase}_carbon_gco2e']:.1f} mgCO2e" for e in (exact, quantized)
-            ]
-            rows.append([f"energy of {phase}", *pair, how])
+        if key not in exact or key not in quantized:
+            continue
+        joules, grams = ([e[k] for e in (exact, quantized)] for k in (key, f"{phase}_carbon_gco2e"))
+        if quantized["energy_kind"] != MEASURED:
+            # Mostly seconds times a constant: side by side the two would look like a finding.
+            both = f"{sum(joules):.1f} J, {1000 * sum(grams):.1f} mgCO2e for both"
+            rows.append([f"energy of {phase}", "", "", f"{both}, {how}"])
+            continue
+        pair = [f"{j:.1f} J, {1000 * g:.1f} mgCO2e" for j, g in zip(joules, grams, strict=True)]
+        faulty = exact[f"{phase}_faults"] or quantized[f"{phase}_faults"]
+        rows.append([f"energy of {phase}", *pair, f"{how}; not valid, see task=energy" if faulty else how])
     return rows or [["energy", "", "", "not metered"]]
 
 

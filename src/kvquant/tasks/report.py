@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import track as rich_track
 
 from kvquant.report.collect import Collection, collect
+from kvquant.report.energy import TASK as ENERGY
+from kvquant.report.energy import draw_energy_figures, energy_tables
 from kvquant.report.figures import draw
 from kvquant.report.page import write_page
 from kvquant.report.paper.build import write_paper
@@ -41,7 +43,10 @@ def run(cfg: Any, context: Any) -> None:
     columns, rows = tidy_rows(found)
     write_csv(folder / "runs.csv", columns, rows)
     write_parquet(folder / "runs.parquet", columns, rows)
-    tables = build_tables(found.ok)
+    tables = [
+        *build_tables([run for run in found.ok if run.result["task"] != ENERGY]),
+        *energy_tables(found.ok),
+    ]
     _write(folder / "tables.md", "\n".join(map(markdown, tables)))
     _write(folder / "tables.tex", "% Needs \\usepackage{booktabs}.\n" + "\n".join(map(latex, tables)))
     drawn: list[tuple[str, Path]] = []
@@ -55,6 +60,9 @@ def run(cfg: Any, context: Any) -> None:
                 empty.append(spec.name)
             for path in paths:
                 context.record.add_figure(path)
+        for title, path in draw_energy_figures(found.ok, folder):
+            drawn.append((title, path))
+            context.record.add_figure(path)
     notes = [f"Figures without data in these runs: {', '.join(empty)}."] if empty else []
     write_page(folder / "report.html", found, tables, drawn, notes)
     _summarize(context, found, len(tables), len(drawn))

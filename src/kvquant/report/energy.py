@@ -1,0 +1,158 @@
+"""What ``task=energy`` found, in a report: joules per token that are valid, reasons where they are not, a fleet's bill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvquant.energy.fleet import FleetLoad, assumptions_text, fleet_bill, is_valid
+from kvquant.energy.windows import CarbonIntensity
+from kvquant.report.collect import Run
+from kvquant.report.series import blocks
+from kvquant.report.style import CYCLE, figure
+from kvquant.report.tables import Cell, ReportTable, table_title
+
+TASK = "energy"
+COLUMNS = (
+    *("phase", "batch", "tokens", "cache", "J/token [95%]", "above idle", "W", "ratio to exact [95%]"),
+    *("gCO2e/Mtoken", "g/kWh", "PUE", "source of g/kWh", "valid", "run"),
+)
+FLEET_COLUMNS = ("batch", "cache", "J/request", "kWh/day", "kgCO2e/day")
+
+
+def energy_tables(runs: Sequence[Run]) -> list[ReportTable]:
+    """Return, per group of runs that may be compared, their joules and what a fleet would take by them.
+
+    The numbers of an invalid result are left out and its reason stands there. Grams are J/token x 1e6 / 3.6e6 x PUE x
+    g/kWh, all of which are in the row.
+
+    Args:
+        runs: those that ended well, of any task.
+    """
+    out: list[ReportTable] = []
+    for origin, members in blocks([run for run in runs if run.result["task"] == TASK]):
+        rows = [row for run in members for point in _points(run) for row in _rows(run, point)]
+        systematic = {run.metric("meter.systematic_percent") for run in members} - {None}
+        note = f"; systematic +-{max(systematic):g}% beside every interval" if systematic else ""  # type: ignore[type-var]
+        out.append(ReportTable(f"{table_title(origin)}{note}", origin, list(COLUMNS), rows))
+        out += _fleet(origin, members)
+    return out
+
+
+def _points(run: Run) -> list[dict[str, Any]]:
+    points = run.result["metrics"].get("points")
+    return points if isinstance(points, list) else []
+
+
+def _grid(run: Run) -> CarbonIntensity:
+    carbon = run.result["metrics"]["carbon"]
+    return CarbonIntensity(carbon["g_per_kwh"], carbon["source"], carbon["pue"])
+
+
+def _rows(run: Run, point: dict[str, Any]) -> list[list[Cell]]:
+    grid, rows = _grid(run), []
+    for name, cell in point["variants"].items():
+        texts = ["", "", "", "", ""]
+        if is_valid(cell):
+            interval, ratio = cell["j_per_token_interval"], point["headline"].get(name)
+            above = cell.get("above_idle_j_per_token_mean")
+            texts = [
+                f"{cell['j_per_token_mean']:.5g} [{interval['low']:.4g}, {interval['high']:.4g}]",
+                "" if above is None else f"{above:.4g}",
+                f"{cell['power_w']:.0f}",
+                f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else "",
+                f"{cell['gco2e_per_million_tokens']:.4g}",
+            ]
+        reason = cell.get("does_not_fit") or "; ".join(cell["faults"])
+        carbon = [f"{grid.g_per_kwh:g}", f"{grid.pue:g}", grid.source]
+        place = [point["phase"], str(point["batch"]), str(point["prompt_tokens"]), name]
+        rows.append(
+            [
+                *map(Cell, place),
+                *(Cell(text, run if text else None) for text in texts),
+                *map(Cell, carbon),
+                Cell(f"no: {reason}" if reason else "yes"),
+                Cell(run.folder.name, run),
+            ]
+        )
+    return rows
+
+
+def _fleet(origin: dict[str, str], runs: Sequence[Run]) -> list[ReportTable]:
+    """A bill from all runs that share a grid and an idea of the fleet: one may have prefill and another decoding."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        keys = ("fleet_requests_per_day", "fleet_levels", "fleet_context_tokens", "fleet_generated_tokens")
+        asked = tuple(repr(run.config(f"task.{key}")) for key in keys)
+        groups.setdefault((_grid(run), *asked), []).append(run)
+    out = []
+    for members in groups.values():
+        one = members[0]
+        load = FleetLoad(
+            one.config("task.fleet_requests_per_day"),
+            one.config("task.fleet_levels"),
+            one.config("task.fleet_context_tokens"),
+            one.config("task.fleet_generated_tokens"),
+        )
+        bill = fleet_bill([point for run in members for point in _points(run)], load, _grid(one))
+        if not bill["rows"]:
+            continue
+        rows = [
+            [
+                Cell(str(row["batch"])),
+                Cell(row["variant"]),
+                Cell(f"{row['j_per_request']:.4g}", one),
+                Cell(f"{row['kwh_per_day']:.4g}", one),
+                Cell(f"{row['kgco2e_per_day']:.4g}", one),
+            ]
+            for row in bill["rows"]
+        ]
+        title = f"what if a fleet: {assumptions_text(bill['assumptions'])}"
+        out.append(ReportTable(title, origin, list(FLEET_COLUMNS), rows))
+    return out
+
+
+def draw_energy_figures(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
+    """Draw valid joules per token against the batch, one panel per phase; a figure per group of runs.
+
+    Returns:
+        Title and PNG of each; a group whose batch does not vary has none.
+    """
+    out: list[tuple[str, Path]] = []
+    for origin, members in blocks([run for run in runs if run.result["task"] == TASK]):
+        path = folder / f"energy_batch{f'_{len(out) + 1}' if out else ''}.png"
+        if draw_energy_figure([point for run in members for point in _points(run)], path):
+            out.append((f"Energy per token against the batch ({table_title(origin)})", path))
+    return out
+
+
+def draw_energy_figure(points: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw the valid points with their intervals; returns False, drawing nothing, where no batch size varies."""
+    lines: dict[tuple[str, str, int], list[tuple[int, float, float, float]]] = {}
+    for point in points:
+        for name, cell in point["variants"].items():
+            if is_valid(cell):
+                interval = cell["j_per_token_interval"]
+                lines.setdefault((point["phase"], name, point["prompt_tokens"]), []).append(
+                    (point["batch"], cell["j_per_token_mean"], interval["low"], interval["high"])
+                )
+    lines = {key: sorted(found) for key, found in lines.items() if len({at[0] for at in found}) > 1}
+    phases = [phase for phase in ("prefill", "decode") if any(key[0] == phase for key in lines)]
+    if not phases:
+        return False
+    with figure(path, 1.2 + 4.2 * len(phases), 3.4, columns=len(phases)) as axes:
+        for axis, phase in zip(axes, phases, strict=True):
+            shown = [(key, found) for key, found in lines.items() if key[0] == phase]
+            for index, ((_, name, length), found) in enumerate(shown):
+                at, mean, low, high = zip(*found, strict=True)
+                errors = [[m - a for m, a in zip(mean, low, strict=True)]]
+                errors.append([b - m for m, b in zip(mean, high, strict=True)])
+                style = {"color": CYCLE[index % len(CYCLE)], "marker": "o", "markersize": 4, "capsize": 2}
+                axis.errorbar(at, mean, yerr=errors, label=f"{name}, {length} tokens", **style)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xlabel("sequences in the batch")
+            axis.set_ylabel(f"{phase} [J/token]")
+            axis.legend(fontsize=6, frameon=False)
+    return True

@@ -1,0 +1,122 @@
+"""Energy in a report: valid joules alone, grams that can be done by hand, a fleet's bill from several runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvquant.report.collect import Collection, Run
+from kvquant.report.energy import draw_energy_figures, energy_tables
+from kvquant.report.page import write_page
+from kvquant.report.tables import latex, markdown
+
+
+def cell(j_per_token: float, **changes: Any) -> dict[str, Any]:
+    interval = {"value": j_per_token, "low": 0.99 * j_per_token, "high": 1.01 * j_per_token, "n": 5}
+    return {
+        "energy_kind": "measured",
+        "faults": [],
+        "j_per_token_mean": j_per_token,
+        "j_per_token_interval": interval,
+        "above_idle_j_per_token_mean": 0.8 * j_per_token,
+        "power_w": 400.0,
+        "gco2e_per_million_tokens": j_per_token * 1e6 / 3.6e6 * 1.5 * 662,
+        **changes,
+    }
+
+
+def energy_run(folder: str, phase: str, exact_j: float, **nuq: Any) -> Run:
+    ratio = {"value": 0.8, "low": 0.78, "high": 0.82, "n": 5}
+    points = [
+        {
+            "phase": phase,
+            "batch": batch,
+            "prompt_tokens": 2048,
+            "variants": {"none": cell(exact_j / batch), "nuq3": cell(0.8 * exact_j / batch, **nuq)},
+            "headline": {} if nuq else {"nuq3": ratio},
+        }
+        for batch in (1, 8)
+    ]
+    fleet = {
+        "fleet_requests_per_day": 3600,
+        "fleet_levels": [0.0, 1.0],
+        "fleet_context_tokens": [1000, 1000],
+        "fleet_generated_tokens": [200, 200],
+    }
+    result = {
+        "task": "energy",
+        "status": "ok",
+        "metrics": {
+            "meter": {"systematic_percent": 5.0},
+            "carbon": {"g_per_kwh": 662.0, "source": "given", "pue": 1.5},
+            "points": points,
+        },
+        "config": {"task": fleet, "model": {"name": "llama"}, "data": {"name": "stdlib"}},
+        "provenance": {"model_hash": "a" * 64, "data_hash": "d" * 64, "device": "H100", "git_sha": "c" * 40},
+        "error": None,
+    }
+    return Run(Path(folder), result)
+
+
+def column(table: Any, name: str) -> list[str]:
+    return [row[table.columns.index(name)].text for row in table.rows]
+
+
+def test_grams_can_be_done_by_hand_from_a_row() -> None:
+    table, *_ = energy_tables([energy_run("one", "decode", 2.0)])
+    names = ("J/token [95%]", "PUE", "g/kWh", "gCO2e/Mtoken")
+    for joules, pue, grams_per_kwh, grams in zip(*(column(table, name) for name in names), strict=True):
+        by_hand = float(joules.split()[0]) * 1e6 / 3.6e6 * float(pue) * float(grams_per_kwh)
+        assert float(grams) == pytest.approx(by_hand, rel=1e-3)
+    assert set(column(table, "source of g/kWh")) == {"given"}
+    assert column(table, "ratio to exact [95%]") == ["", "0.800 [0.780, 0.820]"] * 2
+    assert "systematic +-5% beside every interval" in table.title
+    assert "| decode | 8 | 2048 | nuq3 | 0.2 [0.198, 0.202] |" in markdown(table) and "tabular" in latex(
+        table
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"faults": ["window shorter than 5 s"]}, "no: window shorter than 5 s"),
+        (
+            {"energy_kind": "estimated", "faults": ["estimated, not measured (m)"]},
+            "no: estimated, not measured (m)",
+        ),
+    ],
+)
+def test_an_invalid_result_shows_its_reason_and_no_number(tmp_path: Path, changes: dict, reason: str) -> None:
+    runs = [energy_run("a", "decode", 2.0, **changes), energy_run("b", "prefill", 0.02)]
+    joules, bill = energy_tables(runs)
+    invalid = [row for row in joules.rows if row[3].text == "nuq3" and row[0].text == "decode"]
+    assert len(invalid) == 2 and all(row[-2].text == reason for row in invalid)
+    assert all(c.text == "" for row in invalid for c in row[4:9])
+    # The exact cache's figures are valid in both phases, the method's are not.
+    assert {row[1].text for row in bill.rows} == {"none"}
+
+
+def test_a_fleets_bill_takes_phases_from_several_runs_and_says_what_it_assumes() -> None:
+    assert len(energy_tables([energy_run("a", "decode", 2.0)])) == 1
+    _, bill = energy_tables([energy_run("a", "decode", 2.0), energy_run("b", "prefill", 0.02)])
+    assert bill.title.startswith("what if a fleet: 3,600 requests a day of 1000 prompt and 200 answer tokens")
+    assert "every batch full all day; 662 g/kWh (given), PUE 1.5" in bill.title
+    row = next(row for row in bill.rows if [c.text for c in row[:2]] == ["8", "none"])
+    # 1,000 x 0.0025 J + 200 x 0.25 J; 3,600 of them are 0.0525 kWh, times PUE.
+    assert float(row[2].text) == pytest.approx(52.5) and float(row[3].text) == pytest.approx(
+        0.07875, rel=1e-3
+    )
+
+
+def test_joules_by_batch_are_drawn_and_land_on_the_page(tmp_path: Path) -> None:
+    runs = [energy_run(str(tmp_path / "a"), "decode", 2.0)]
+    ((title, path),) = draw_energy_figures(runs, tmp_path)
+    assert path.read_bytes()[:4] == b"\x89PNG" and "H100" in title
+    write_page(tmp_path / "report.html", Collection(runs=runs), energy_tables(runs), [(title, path)], [])
+    assert "gCO2e/Mtoken" in (tmp_path / "report.html").read_text()
+    # One batch size is no line.
+    for point in runs[0].result["metrics"]["points"]:
+        point["batch"] = 8
+    assert draw_energy_figures(runs, tmp_path) == []
