@@ -29,7 +29,7 @@ _SIZE = {
     "vocab_size": VOCAB,
     "hidden_size": 128,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
@@ -38,6 +38,7 @@ _SIZE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_THREE_LAYERS = {**_SIZE, "num_hidden_layers": 3}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -83,11 +84,11 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral-window": lambda: MistralConfig(**_SIZE, head_dim=64, sliding_window=WINDOW),
     "qwen2-biases": lambda: Qwen2Config(**_SIZE, head_dim=64, tie_word_embeddings=True),
     "qwen2-mixed": lambda: Qwen2Config(
-        **_SIZE, head_dim=64, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+        **_THREE_LAYERS, head_dim=64, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
     "qwen3-norm": lambda: Qwen3Config(**_SIZE, head_dim=128),
     "gemma2-softcap": lambda: Gemma2Config(
-        **_SIZE,
+        **_THREE_LAYERS,
         head_dim=256,
         sliding_window=WINDOW,
         layer_types=_MIXED,
@@ -95,14 +96,16 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         attn_logit_softcapping=3.0,
         final_logit_softcapping=10.0,
         attn_implementation="eager",
+        tie_word_embeddings=False,
     ),
     "gemma3-two-ropes": lambda: Gemma3TextConfig(
-        **_SIZE,
+        **_THREE_LAYERS,
         head_dim=64,
         sliding_window=WINDOW,
         layer_types=_MIXED,
         query_pre_attn_scalar=100,
         rope_parameters=_GEMMA3_ROPE,
+        tie_word_embeddings=False,
     ),
     "phi3-long": lambda: phi3(4),
     "phi3-short": lambda: phi3(CONTEXT),
@@ -120,6 +123,9 @@ def model_of(config: PreTrainedConfig) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases and norms start as constants, which would hide them
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        if not model.config.tie_word_embeddings:
+            # Or the last token alone decides the next one, and equal tokens say nothing about attention.
+            model.get_input_embeddings().weight.mul_(0.1)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -131,13 +137,17 @@ def exact(model: PreTrainedModel) -> list[BatchedKVQuantizer]:
 
 
 def quantized(model: PreTrainedModel, **spec: Any) -> list[BatchedKVQuantizer]:
-    """Quantizers calibrated on random tokens."""
+    """Quantizers calibrated on random tokens.
+
+    With some noise: the same few tokens come again later, and a threshold that is one of their values would be a coin
+    toss for each of them.
+    """
+    torch.manual_seed(2)
     with torch.inference_mode(), record_keys_and_values(model) as recorded:
         model(input_ids=prompts_of([256], seed=1)[0][None], use_cache=False)
-        return [
-            BatchedKVQuantizer.calibrate(QuantSpec(**spec), k[0].transpose(0, 1), v[0].transpose(0, 1))
-            for k, v in recorded
-        ]
+        layers = [[x[0].transpose(0, 1) for x in layer] for layer in recorded]
+    noisy = [[x + 0.02 * x.std() * torch.randn_like(x) for x in layer] for layer in layers]
+    return [BatchedKVQuantizer.calibrate(QuantSpec(**spec), keys, values) for keys, values in noisy]
 
 
 def prompts_of(lengths: list[int], seed: int = 0) -> list[Tensor]:

@@ -16,6 +16,7 @@ from kvquant.spec import QuantSpec
 
 H, G, D, BLOCK = 2, 3, 64, 32
 LENGTHS = [1, 40, 70]
+CHUNKS = {"of 1": [1] * 90, "of 7": [7] * 13, "of 64": [64, 64], "mixed": [1, 13, 40, 2, 1, 43]}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,21 @@ def test_a_chunk_reads_its_own_tokens_exactly_and_earlier_ones_quantized(
     stored = quantizer.dequantize(quantizer.quantize(keys, values, torch.tensor([0, 100]), block_size=BLOCK))
     k, v = (torch.cat([old[:60], new[60:]]) for old, new in zip(stored, (keys, values), strict=True))
     assert_same(out, softmax_attention(query[60:], k, v))
+
+
+@pytest.mark.parametrize("window", [None, 24], ids=["sees all", "window"])
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_chunks_equal_the_whole(quantizer: BatchedKVQuantizer, chunks: list[int], window: int | None) -> None:
+    T = sum(chunks)
+    query, keys, values = draw(T, 1, H * G), draw(T, 2, H), draw(T, 3, H)
+    pool, rows = pool_for(quantizer)
+    attend, out = attention(quantizer, "quantized", window=window), []
+    for part in torch.arange(T).split(chunks):
+        step = pool.reserve(rows[:1], [len(part)])
+        out.append(attend(query[part], keys[part], values[part], pool.layers[0], step, None))
+        pool.commit()
+    stored = quantizer.dequantize(quantizer.quantize(keys, values, torch.tensor([0, T]), block_size=BLOCK))
+    assert_same(torch.cat(out), softmax_attention(query, *stored, window))
 
 
 @pytest.mark.parametrize("backend", ["pytorch_fused", "reference"])
