@@ -10,11 +10,11 @@ from rich.console import Console
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.cli import conf_dir
 from kvquant.config import register_schemas
+from kvquant.peak_memory import peak_extra_bytes
 from kvquant.results import load_result
 from kvquant.spec import QuantSpec
 from kvquant.tasks import prefill_share, run_task
 from kvquant.tasks.decode_ways import DecodeWays
-from kvquant.tasks.peak_memory import peak_extra_bytes
 from kvquant.tasks.published_way import published_keys, published_values
 
 

@@ -89,7 +89,10 @@ def report(tmp_path: Path):
         register_schemas()
         names = ",".join(str(path) for path in runs)
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=["task=report", "device=cpu", f"report.runs=[{names}]"])
+            cfg = compose(
+                "config",
+                overrides=["task=report", "device=cpu", "energy.meter=none", f"report.runs=[{names}]"],
+            )
         run_task.execute(cfg, run_dir=tmp_path / "report", console=Console(quiet=True))
         return load_result(tmp_path / "report")
 

@@ -26,7 +26,8 @@ FAULTS = ROOT / "tests" / "slurm"
 
 def run(cwd: Path, *args: str, **env: str) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "src" / "run.py"), *args, "task=quantize"],
+        # No meter: CodeCarbon alone takes as long to open as everything that is tested here.
+        [sys.executable, str(ROOT / "src" / "run.py"), *args, "task=quantize", "energy.meter=none"],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(FAULTS), "COLUMNS": "200", **env},
         stdin=subprocess.DEVNULL,
@@ -254,6 +255,7 @@ class TestCommandLine:
         }
         command = [sys.executable, str(ROOT / "src/run.py"), "task=slurm_check", "hydra/launcher=athena"]
         command += ["model=llama31_8b", "task.points=10", "task.minutes_per_point=30", "device=cpu"]
+        command += ["energy.meter=none"]
         environment |= {
             "PATH": str(tmp_path),
             "COLUMNS": "200",

@@ -1,8 +1,12 @@
-"""Peak memory of a piece of work, as the allocator saw it: temporaries inside operations included."""
+"""Peak memory of a piece of work: as the allocator saw it, or as the operating system did."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -11,6 +15,9 @@ _MARK = "kvquant.peak_memory.mark"
 
 class PeakMemory:
     """Measures the body of a ``with`` block: how far allocations rose above where they stood at its start.
+
+    Temporaries inside operations are counted, to the byte; what other libraries allocate is not
+    (:func:`peak_extra_bytes` sees that too, page by page).
 
     On a CPU it reads torch's profiler, which slows the body down (measure time apart) and sees only memory that was
     allocated inside the block: what the body frees or replaces must be built inside it too, before :meth:`mark`.
@@ -64,3 +71,35 @@ class PeakMemory:
             else:
                 alive += event.nbytes()  # type: ignore[attr-defined]
                 self.extra_bytes = max(self.extra_bytes, alive - baseline)
+
+
+def peak_extra_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int | None:
+    """Run ``work`` and return the most memory it held at once beyond what was held before, all threads included.
+
+    On a CPU that is the growth of the process's resident set, with the allocator's free memory given back first, and
+    needs Linux; None elsewhere.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except (OSError, AttributeError):  # no such file or no glibc
+        return None
+    before = _status_bytes("VmRSS")
+    work()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {field}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import os
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -150,14 +151,15 @@ def _stdlib(root: Path) -> Corpus:
 
 def _stdlib_files(root: Path) -> list[Path]:
     """Sources and the licence text, sorted by relative path so that the order does not depend on the file system."""
-    files = [
-        file
-        for pattern in ("*.py", "LICENSE*")
-        for file in root.rglob(pattern)
-        if not _SKIPPED_FOLDERS.intersection(file.relative_to(root).parts[:-1])
-        # _sysconfigdata* records how this very machine built Python: paths, not text.
-        and not file.name.startswith("_sysconfigdata")
-    ]
+    files = []
+    for folder, below, names in os.walk(root):
+        # Cut off here: installed packages may be a hundred times as many files as the library.
+        below[:] = [name for name in below if name not in _SKIPPED_FOLDERS]
+        for name in names:
+            # _sysconfigdata* records how this very machine built Python: paths, not text.
+            wanted = name.endswith(".py") or name.startswith("LICENSE")
+            if wanted and not name.startswith("_sysconfigdata"):
+                files.append(Path(folder) / name)
     return sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
 

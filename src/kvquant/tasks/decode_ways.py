@@ -14,8 +14,8 @@ from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
 from kvquant.kernels import Rope
 from kvquant.measure import Stopwatch
+from kvquant.peak_memory import peak_extra_bytes
 from kvquant.prefill_quant import PrefillQuantizedAttention, blocks_per_tile
-from kvquant.tasks.peak_memory import peak_extra_bytes
 
 BLOCK_SIZE, ROPE_THETA = 64, 10_000.0
 
