@@ -1,7 +1,7 @@
 # Shortcuts; every command also stands in README.md. `make` alone lists them.
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-slurm lint format types run smoke paper slurm-check ci clean
+.PHONY: help install test test-slow test-slurm lint format types run smoke paper wheels slurm-check ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ paper: ## paper/build/main.pdf from RUNS (Debian: latexmk texlive-latex-recommen
 	$(PYTHON) src/run.py task=report report=paper report.runs='$(RUNS)'
 	cd paper && latexmk -pdf -interaction=batchmode -halt-on-error -silent -outdir=build main.tex >/dev/null || { cat build/main.log >&2; exit 1; }
 	$(PYTHON) paper/check_log.py paper/build/main.log
+
+wheels: ## everything a cluster without internet needs, in wheels/ (on Linux, with the cluster's Python: PYTHON=python3.10)
+	$(PYTHON) -m pip wheel --quiet --wheel-dir wheels -c constraints/athena.txt .
 
 slurm-check: ## on a cluster's login node, before the first sweep: make slurm-check ARGS="model=llama31_8b"
 	$(PYTHON) src/run.py task=slurm_check hydra/launcher=athena $(ARGS)

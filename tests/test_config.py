@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -23,15 +22,21 @@ NEEDED = {
     "task=longbench": ["task.path=/somewhere"],
     "quant=hf_quantized": ["task=perplexity"],
 }
+# Groups whose options set keys of several others.
+PRESETS = ("experiment", "paper")
 
 
 def _options() -> list[str]:
-    files = sorted(p for p in CONF.rglob("*.yaml") if p.parent != CONF and p.parent.name != "experiment")
+    files = sorted(p for p in CONF.rglob("*.yaml") if p.parent != CONF and p.parent.name not in PRESETS)
     return [f"{p.parent.relative_to(CONF).as_posix()}={p.stem}" for p in files if "hydra" not in p.parts]
 
 
 def _presets() -> list[str]:
     return sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+def _paper_runs() -> list[str]:
+    return sorted(path.stem for path in (CONF / "paper").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,6 +83,20 @@ def test_every_preset_composes_and_validates(preset: str) -> None:
             validate(composed(f"experiment={preset}", f"{key}={value}"))
     validate(composed(f"experiment={preset}"))
     validate(composed(f"experiment=[{preset},smoke]"))
+
+
+@pytest.mark.parametrize("name", _paper_runs())
+def test_every_run_of_the_paper_composes_and_belongs_to_a_preset(name: str) -> None:
+    validate(composed(f"paper={name}"))
+    # The last word is smoke's, or the paper could not be built in continuous integration.
+    cfg = composed(f"paper={name}", "experiment=smoke")
+    validate(cfg)
+    assert cfg.data.heldout_tokens == 512
+    params = [
+        compose("config", [f"experiment={p}"], return_hydra_config=True).hydra.sweeper.params["paper"]
+        for p in ("paper", "paper_a100")
+    ]
+    assert name in ",".join(params).split(",")
 
 
 def test_the_default_job_is_the_documented_one() -> None:
@@ -149,6 +168,5 @@ def test_the_shipped_trace_quantiles_match_the_shared_trace() -> None:
 
 
 def test_presets_hold_deltas_and_are_global() -> None:
-    for preset in _presets():
-        text = Path(CONF / "experiment" / f"{preset}.yaml").read_text()
-        assert text.startswith("# @package _global_\n# ")
+    for path in (path for group in PRESETS for path in (CONF / group).glob("*.yaml")):
+        assert path.read_text().startswith("# @package _global_\n# ")

@@ -14,7 +14,7 @@ from kvquant.report.collect import Run
 from kvquant.report.paper import tex
 from kvquant.report.paper.figures import draw_figures
 from kvquant.report.paper.macros import Filled, fill, macro_file
-from kvquant.report.paper.sources import SOURCES, choose
+from kvquant.report.paper.sources import SOURCES, choose, kernel_rows
 from kvquant.report.paper.tables import build_tables
 from kvquant.report.tables import latex_escape
 
@@ -36,15 +36,17 @@ def write_paper(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    filled = fill(chosen)
+    measured = kernel_rows(runs)
+    parts = list({run.file: run for _, run in measured}.values())
+    filled = fill(chosen, parts)
     manifest: dict[str, Any] = {"macros": {entry.macro.name: _macro_entry(entry) for entry in filled}}
     tables, figures = {}, {}
     (fresh / "macros.tex").write_text(macro_file(filled), encoding="utf-8")
-    for name, text, run in build_tables(chosen):
+    for name, text, shown in build_tables(chosen, measured):
         # A file that ends in a space after \end{tabular} would widen the box it is read into.
         (fresh / f"{name}.tex").write_text(text.rstrip("\n") + "%\n", encoding="utf-8")
-        tables[name] = [] if run is None else [_origin(run)]
-    for name, shown in draw_figures(chosen, runs, fresh):
+        tables[name] = [_origin(run) for run in shown]
+    for name, shown in draw_figures(chosen, runs, measured, fresh):
         figures[name] = [_origin(run) for run in shown]
     manifest |= {"tables": tables, "figures": figures}
     used = used_commands(folder.parent)

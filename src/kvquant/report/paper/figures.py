@@ -17,13 +17,17 @@ MARKERS = "osD^vP*X"
 
 
 def draw_figures(
-    chosen: Mapping[str, Run], runs: Sequence[Run], folder: Path
+    chosen: Mapping[str, Run],
+    runs: Sequence[Run],
+    measured: Sequence[tuple[dict[str, Any], Run]],
+    folder: Path,
 ) -> Iterator[tuple[str, list[Run]]]:
     """Draw what there are runs for; yields each figure's name and the runs it shows (none: it was not drawn).
 
     Args:
         chosen: the run behind each source, by name.
         runs: all that ended well, for figures that need several of a kind.
+        measured: rows of ``task=kernels`` on a GPU, each with its run.
         folder: where the PDF files go.
     """
     for name, source, draw in (
@@ -31,6 +35,7 @@ def draw_figures(
         ("bytes", "prefill", _bytes),
         ("append", "allocation", _append),
         ("energy", "energyprefill", _energy),
+        ("history", "history", _history),
     ):
         if source in chosen:
             draw(chosen[source], folder / f"figure-{name}.pdf")
@@ -40,6 +45,10 @@ def draw_figures(
     if len(sizes) > 1:
         _blocks(sizes, folder / "figure-blocks.pdf")
     yield "figure-blocks", sizes if len(sizes) > 1 else []
+    decode = {run.file: run for row, run in measured if row["operation"] == "decode"}
+    if decode:
+        _decode([row for row, _ in measured], folder / "figure-decode.pdf")
+    yield "figure-decode", list(decode.values())
 
 
 def _family(label: str) -> str:
@@ -161,6 +170,63 @@ def _blocks(runs: list[Run], path: Path) -> None:
             axis.set_xlabel("tokens per block", fontsize=7)
             axis.set_title(text, fontsize=7)
             _finish(axis)
+
+
+def _history(run: Run, path: Path) -> None:
+    metrics = run.result["metrics"]
+    names = {"quantized": "quantized blocks", "exact": "exact blocks", "stock": "transformers' cache"}
+    with figure(path, COLUMN_IN, 2.0) as (axis,):
+        dense = metrics["dequantized_layer_bytes"]
+        lines = [(text, metrics[key]["extra_bytes"]) for key, text in names.items() if key in metrics]
+        for index, (text, by_length) in enumerate([*lines, ("one layer, dequantized", dense)]):
+            points = sorted((int(n), value / 2**20) for n, value in by_length.items() if value is not None)
+            axis.plot(
+                [n for n, _ in points],
+                [mib for _, mib in points],
+                "--" if by_length is dense else MARKERS[index] + "-",
+                markersize=3.5,
+                linewidth=1,
+                color=COLOURS["exact"] if by_length is dense else CYCLE[index],
+                label=text,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xlabel("tokens of history", fontsize=8)
+        axis.set_ylabel("extra memory of a chunk, MiB", fontsize=8)
+        _finish(axis)
+        axis.legend(fontsize=6, frameon=False)
+
+
+def _decode(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Decode attention over full precision by history, one shape, a line for each batch and width."""
+    shapes = [row["shape"] for row in rows if row["operation"] == "decode"]
+    shape = "llama31_8b" if "llama31_8b" in shapes else shapes[0]
+    lines: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    for row in rows:
+        drawn = row["operation"] == "decode" and row["shape"] == shape and not row["is_trace"]
+        if drawn and "speedup_over_full_precision" in row:
+            point = (row["tokens"], row["speedup_over_full_precision"])
+            lines.setdefault((row["batch"], row["bits"]), []).append(point)
+    batches = sorted({batch for batch, _ in lines})
+    with figure(path, COLUMN_IN, 2.3) as (axis,):
+        for (batch, bits), points in sorted(lines.items()):
+            points.sort()
+            axis.plot(
+                [n for n, _ in points],
+                [ratio for _, ratio in points],
+                {4: "-", 3: "--", 2: ":"}.get(bits, "-.") + MARKERS[batches.index(batch) % len(MARKERS)],
+                markersize=3.5,
+                linewidth=1,
+                color=CYCLE[batches.index(batch) % len(CYCLE)],
+                label=f"batch {batch}, {bits} bits",
+            )
+        axis.axhline(1.0, color=COLOURS["exact"], linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(f"tokens of history ({shape})", fontsize=8)
+        axis.set_ylabel("times as fast as full precision", fontsize=8)
+        _finish(axis)
+        axis.legend(fontsize=5.5, frameon=False)
 
 
 def _finish(axis: Any) -> None:

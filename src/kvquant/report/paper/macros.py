@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvquant.report.collect import Run
@@ -21,13 +21,23 @@ class Filled:
     pointer: str
 
 
-def fill(chosen: Mapping[str, Run]) -> list[Filled]:
+def fill(chosen: Mapping[str, Run], kernel_runs: Sequence[Run] = ()) -> list[Filled]:
     """Look every macro up.
 
     Args:
         chosen: the run behind each source, by name.
+        kernel_runs: all parts of the bench on the GPU: the first that has a number gives it.
     """
-    return [_fill(macro, chosen.get(macro.source)) for macro in MACROS]
+    return [_fill_from(macro, chosen, kernel_runs) for macro in MACROS]
+
+
+def _fill_from(macro: Macro, chosen: Mapping[str, Run], kernel_runs: Sequence[Run]) -> Filled:
+    if macro.source == "kernels":
+        for run in kernel_runs:
+            filled = _fill(macro, run)
+            if filled.text is not None:
+                return filled
+    return _fill(macro, chosen.get(macro.source))
 
 
 def _fill(macro: Macro, run: Run | None) -> Filled:

@@ -237,4 +237,68 @@ def _energy() -> Iterator[Macro]:
         yield Macro(f"{prefix}Disagreement", source, (*agreement, "disagreement_percent"), ".2f")
 
 
-MACROS: tuple[Macro, ...] = (*_quality(), *_prefill(), *_storage(), *_serving(), *_energy())
+def _history() -> Iterator[Macro]:
+    lengths = ("config", "task", "lengths")
+    yield Macro("HistoryFrom", "history", lengths, ",d", 1.0, False, min, "smallest")
+    yield Macro("HistoryTo", "history", lengths, ",d", 1.0, False, max, "largest")
+    yield Macro("HistoryChunk", "history", ("config", "task", "chunk_tokens"), ",d")
+    for name, cache in (("Quantized", "quantized"), ("Exact", "exact"), ("Stock", "stock")):
+        extra = ("metrics", cache, "extra_bytes")
+        yield Macro(f"History{name}First", "history", extra, ".1f", 2**-20, False, _first, "shortest history")
+        yield Macro(f"History{name}Last", "history", extra, ".1f", 2**-20, False, _last, "longest history")
+        share = ("metrics", cache, "share_of_dequantized_layer")
+        yield Macro(f"History{name}Share", "history", share, ".1f", 100)
+
+
+def _first(by_length: dict[str, Any]) -> Any:
+    return by_length[min(by_length, key=int)]
+
+
+def _last(by_length: dict[str, Any]) -> Any:
+    return by_length[max(by_length, key=int)]
+
+
+def _ruler() -> Iterator[Macro]:
+    categories = ("metrics", "categories")
+    yield Macro("RulerBits", "ruler", ("config", "quant", "bits"), "d")
+    yield Macro("RulerTokens", "ruler", ("config", "task", "length"), ",d")
+    yield Macro("RulerCount", "ruler", ("config", "task", "count"), "d")
+    for name, key in (("Exact", "score_exact"), ("Quantized", "score_quantized")):
+        mean = MEANS[key]
+        yield Macro(f"Ruler{name}", "ruler", categories, ".1f", 100, False, mean, f"mean of {key}")
+
+
+def _mean_of(key: str) -> Callable[[dict[str, Any]], float]:
+    return lambda categories: sum(entry[key] for entry in categories.values()) / len(categories)
+
+
+MEANS = {key: _mean_of(key) for key in ("score_exact", "score_quantized")}
+
+
+def _kernels() -> Iterator[Macro]:
+    yield Macro("KernelDevice", "kernels", ("provenance", "device"))
+    yield Macro("KernelCopy", "kernels", ("metrics", "copy_gb_per_s"), ",.0f")
+    for bits in (2, 3, 4):
+        for operation, label in (("decode", "8x32768"), ("prefill", "8x32768")):
+            case = (("operation", operation), ("shape", "llama31_8b"), ("label", label), ("bits", bits))
+            row = ("metrics", "rows", Where(case))
+            prefix = f"Kernel{operation.title()}{WORDS[bits]}"
+            yield Macro(f"{prefix}Speedup", "kernels", (*row, "speedup_over_full_precision"))
+            yield Macro(f"{prefix}OverDense", "kernels", (*row, "speedup_over_dequantize_then_attend"))
+            yield Macro(f"{prefix}Copy", "kernels", (*row, "copy_fraction"), ".0f", 100)
+        layer = Where((("operation", "layer_share"), ("shape", "llama31_8b"), ("bits", bits)))
+        row = ("metrics", "rows", layer)
+        yield Macro(f"KernelLayerShare{WORDS[bits]}", "kernels", (*row, "percent_of_layer"))
+        yield Macro(f"KernelLayerTokens{WORDS[bits]}", "kernels", (*row, "tokens"), ",d")
+
+
+MACROS: tuple[Macro, ...] = (
+    *_quality(),
+    *_prefill(),
+    *_storage(),
+    *_serving(),
+    *_energy(),
+    *_history(),
+    *_ruler(),
+    *_kernels(),
+)

@@ -68,6 +68,15 @@ def _default_prefill(model: str) -> Callable[[Run], bool]:
     return lambda run: main(run) and run.metric("memory.quantized.effective_bits") is not None
 
 
+def _on_gpu(name: str) -> Callable[[Run], bool]:
+    """Runs of a task on an NVIDIA GPU."""
+    return lambda run: run.result["task"] == name and "NVIDIA" in str(run.result["provenance"].get("device"))
+
+
+def _cpu_kernels(run: Run) -> bool:
+    return run.result["task"] == "kernels" and not _on_gpu("kernels")(run)
+
+
 _MAIN = ("normal_float3-1%", "hadamard3", "kivi3 recent_tokens=32")
 SOURCES = (
     Source(
@@ -115,6 +124,15 @@ SOURCES = (
         _task("serve_trace", model__name=TINY),
     ),
     Source(
+        "history",
+        "memory and time of one more chunk by history",
+        "task=history",
+        _task("history", model__name=TINY),
+    ),
+    Source("ruler", "retrieval in the categories of RULER", "task=ruler", _task("ruler", model__name=TINY)),
+    Source("kernelscpu", "every operation on a CPU", "task=kernels device=cpu", _cpu_kernels),
+    Source("kernels", "every operation on a GPU", "task=kernels device=cuda", _on_gpu("kernels")),
+    Source(
         "energyprefill",
         "measured joules of prefill",
         "task=energy energy.meter=nvml task.phases=[prefill]",
@@ -147,20 +165,36 @@ def choose(runs: Sequence[Run]) -> dict[str, Run]:
     Args:
         runs: those that ended well.
     """
-    chosen: dict[str, Run] = {}
-    for source in SOURCES:
-        fitting = [run for run in runs if source.matches(run)]
-        if fitting:
-            chosen[source.name] = max(
-                fitting, key=lambda run: (str(run.result.get("started_at")), run.folder)
-            )
-    return chosen
+    return {source.name: found[0] for source in SOURCES if (found := latest_first(runs, source.matches))}
+
+
+def latest_first(runs: Sequence[Run], matches: Callable[[Run], bool]) -> list[Run]:
+    """Return the runs of a kind, the one that started last first."""
+    return sorted(
+        filter(matches, runs), key=lambda run: (str(run.result.get("started_at")), run.folder), reverse=True
+    )
+
+
+def kernel_rows(runs: Sequence[Run]) -> list[tuple[dict[str, Any], Run]]:
+    """Return what was measured of every operation on the GPU of the latest such run, each case from its latest run.
+
+    One command may not take longer than a cluster's or a loan's limit, so a bench may come in several parts.
+    """
+    fitting = latest_first(runs, _on_gpu("kernels"))
+    rows: dict[tuple[Any, ...], tuple[dict[str, Any], Run]] = {}
+    for run in fitting:
+        if run.result["provenance"]["device"] != fitting[0].result["provenance"]["device"]:
+            continue
+        for row in run.result["metrics"].get("rows", []):
+            case = tuple(row[key] for key in ("operation", "shape", "label", "bits"))
+            rows.setdefault(case, (row, run))
+    return [rows[case] for case in sorted(rows, key=str)]
 
 
 def block_size_runs(runs: Sequence[Run]) -> list[Run]:
     """Return the main job by block size, one run for each: of several of one size the one that started last."""
     fits = _task("prefill", quant__method="nuq", quant__bits=3, model__name=TINY)
     by_size: dict[int, Run] = {}
-    for run in sorted(filter(fits, runs), key=lambda run: str(run.result.get("started_at"))):
-        by_size[int(run.config("cache.block_size"))] = run
+    for run in latest_first(runs, fits):
+        by_size.setdefault(int(run.config("cache.block_size")), run)
     return [by_size[size] for size in sorted(by_size)]

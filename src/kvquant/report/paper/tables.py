@@ -142,6 +142,81 @@ def _serving(run: Run) -> str:
     return tex.tabular(["", "exact", "quantized"], rows)
 
 
+def _history(run: Run) -> str:
+    """Extra memory of one more chunk by history, MiB."""
+    metrics = run.result["metrics"]
+    dense = metrics["dequantized_layer_bytes"]
+    lengths = sorted(dense, key=int)
+    names = {"quantized": "quantized blocks", "exact": "exact blocks", "stock": "transformers' cache"}
+    by_name = {text: metrics[key]["extra_bytes"] for key, text in names.items() if key in metrics}
+    by_name["one layer, dequantized"] = dense
+    rows = [
+        [text, *(_dash(tex.number(by_length.get(n), ".1f", 2**-20)) for n in lengths)]
+        for text, by_length in by_name.items()
+    ]
+    return tex.tabular(["", *(format(int(n), ",d") for n in lengths)], rows)
+
+
+Row = tuple[dict[str, Any], Run]
+WIDTHS = (4, 3, 2)
+
+
+def _kernels(
+    measured: Sequence[Row], operation: str, quantities: Sequence[tuple[str, str, str, float]]
+) -> str:
+    """One line for each shape and history, a column for each quantity and width.
+
+    Args:
+        measured: rows of ``task=kernels``.
+        operation: which of them.
+        quantities: head, key, format and factor of each.
+    """
+    lines: dict[tuple[str, int, float], dict[int, dict[str, Any]]] = {}
+    labels: dict[tuple[str, int, float], str] = {}
+    for row, _ in measured:
+        if row["operation"] == operation:
+            case = (row["shape"], row["batch"], row["tokens"] + 0.5 * row["is_trace"])
+            lines.setdefault(case, {})[row["bits"]] = row
+            labels[case] = row["label"].replace("x", r" $\times$ ").replace("trace", "trace, ")
+    if not lines:
+        return tex.NOT_MEASURED
+    columns = ["", *(f"{head}, {bits} bits" for head, *_ in quantities for bits in WIDTHS)]
+    rows: list[list[str]] = []
+    rules: list[int] = []
+    shape = None
+    for case in sorted(lines):
+        if shape not in (None, case[0]):
+            rules.append(len(rows))
+        shape = case[0]
+        cells = [
+            _dash(tex.number(lines[case].get(bits, {}).get(key), spec, factor))
+            for _, key, spec, factor in quantities
+            for bits in WIDTHS
+        ]
+        rows.append([f"{latex_escape(case[0])} {labels[case]}", *cells])
+    return tex.tabular(columns, rows, rules_before=rules)
+
+
+KERNEL_TABLES = (
+    (
+        "decode",
+        "decode",
+        (
+            ("times full precision", "speedup_over_full_precision", ".2f", 1.0),
+            ("times dequantizing first", "speedup_over_dequantize_then_attend", ".2f", 1.0),
+            (r"\% of copy", "copy_fraction", ".0f", 100.0),
+        ),
+    ),
+    (
+        "chunk",
+        "prefill",
+        (
+            ("times full precision", "speedup_over_full_precision", ".2f", 1.0),
+            ("times dequantizing first", "speedup_over_dequantize_then_attend", ".2f", 1.0),
+        ),
+    ),
+    ("layershare", "layer_share", ((r"\% of the layer", "percent_of_layer", ".2f", 1.0),)),
+)
 Builder = Callable[[Run], str]
 # File name without .tex, source, what makes it.
 TABLES: tuple[tuple[str, str, Builder], ...] = (
@@ -158,15 +233,22 @@ TABLES: tuple[tuple[str, str, Builder], ...] = (
     ("fulloptions", "options", _printed),
     ("fulleightbit", "eightbit", _printed),
     ("fullpareto", "pareto", _printed),
+    ("history", "history", _history),
+    ("ruler", "ruler", _printed),
+    ("kernelscpu", "kernelscpu", _printed),
 )
 
 
-def build_tables(chosen: Mapping[str, Run]) -> Iterator[tuple[str, str, Run | None]]:
-    """Yield name, LaTeX and run of every table; where there is no run, the mark that says so.
+def build_tables(chosen: Mapping[str, Run], measured: Sequence[Row]) -> Iterator[tuple[str, str, list[Run]]]:
+    """Yield name, LaTeX and runs of every table; where there is no run, the mark that says so.
 
     Args:
         chosen: the run behind each source, by name.
+        measured: rows of ``task=kernels`` on a GPU, each with its run.
     """
     for name, source, build in TABLES:
         run = chosen.get(source)
-        yield f"table-{name}", tex.NOT_MEASURED if run is None else build(run), run
+        yield f"table-{name}", tex.NOT_MEASURED if run is None else build(run), [] if run is None else [run]
+    for name, operation, quantities in KERNEL_TABLES:
+        shown = {run.file: run for row, run in measured if row["operation"] == operation}
+        yield f"table-{name}", _kernels(measured, operation, quantities), list(shown.values())
