@@ -178,6 +178,7 @@ def _check_data(data: Any, calibration: Any) -> None:
     _one_of("data.name", data.name, ("stdlib", "wikitext2", "text_file"))
     _at_least("data.calibration_tokens", data.calibration_tokens, 16, "8192")
     _at_least("data.heldout_tokens", data.heldout_tokens, 2, "null", optional=True)
+    _at_least("data.window", data.window, 2, "null", optional=True)
     _at_least("data.questions", data.questions, 1, "24")
     _at_least("calibration.tokens", calibration.tokens, 16, "8192")
     for key, length in (

@@ -81,6 +81,7 @@ class DataConfig:
     calibration_tokens: int = 8192
     sequence_length: int | None = None
     heldout_tokens: int | None = 16384
+    window: int | None = None
     questions: int = 24
 
 

@@ -225,6 +225,8 @@ def _energy() -> Iterator[Macro]:
             yield Macro(f"{prefix}{name}Carbon", source, (*at, "gco2e_per_million_tokens"), ".2f")
             if label != "none":
                 yield Macro(f"{prefix}{name}Ratio", source, (*point, "headline", label), ".3f", 1.0, True)
+                above = (*point, "ratios", label, "above_idle")
+                yield Macro(f"{prefix}{name}AboveIdle", source, above, ".3f", 1.0, True)
         for name, key, spec in (("Batch", "batch", "d"), ("Tokens", "prompt_tokens", ",d")):
             yield Macro(f"{prefix}{name}", source, (*point, key), spec)
         yield Macro(f"{prefix}Device", source, ("provenance", "device"))

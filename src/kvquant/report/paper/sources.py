@@ -129,7 +129,6 @@ SOURCES = (
         "task=history",
         _task("history", model__name=TINY),
     ),
-    Source("ruler", "retrieval in the categories of RULER", "task=ruler", _task("ruler", model__name=TINY)),
     Source("kernelscpu", "every operation on a CPU", "task=kernels device=cpu", _cpu_kernels),
     Source("kernels", "every operation on a GPU", "task=kernels device=cuda", _on_gpu("kernels")),
     Source(
@@ -149,6 +148,12 @@ SOURCES = (
         "the main table on Llama-2-7B-32K",
         "experiment=paper_a100 hydra/launcher=athena",
         _compares(*_MAIN, model=LLAMA),
+    ),
+    Source(
+        "ruler",
+        "RULER on Llama-2-7B-32K",
+        "experiment=paper_a100 hydra/launcher=athena",
+        _task("ruler", model__name=LLAMA),
     ),
     Source(
         "llamaprefill",
