@@ -21,9 +21,9 @@ from kvquant.energy import CarbonIntensity, CounterLimits, Sample, Window
 from kvquant.energy.fleet import FleetLoad, assumptions_text, fleet_bill
 from kvquant.energy.protocol import FilledWindow
 from kvquant.energy.sampling import SampledMeter, ThreadSampler
-from kvquant.errors import ConfigError, PoolExhausted
+from kvquant.errors import ConfigError, MeterUnavailable, PoolExhausted
 from kvquant.results import load_result
-from kvquant.tasks import run_task
+from kvquant.tasks import energy, run_task
 from kvquant.tasks.energy_loads import LoadShelf
 from kvquant.tasks.energy_summary import compare_point, energy_table, summarize_variant
 
@@ -268,3 +268,43 @@ def test_settings_out_of_range_are_refused(calibration_dir, override: str, messa
     with pytest.raises(ConfigError) as error:
         validate(composed(calibration_dir, *QUICK, override))
     assert message in str(error.value) and "; try " in str(error.value)
+
+
+def test_a_stopped_run_keeps_whole_rounds_and_measures_the_rest(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("kvquant.energy.open_meter", counter_meter)
+    real, calls = energy.fill_window, []
+
+    def stopping(meter, name, *args, **kwargs):
+        calls.append(name)
+        # The second cache of the first point's second round.
+        if calls.count("prefill") == 4:
+            raise KeyboardInterrupt
+        return real(meter, name, *args, **kwargs)
+
+    monkeypatch.setattr(energy, "fill_window", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run("task.load_size=64")
+    monkeypatch.setattr(energy, "fill_window", real)
+    (path,) = tmp_path.glob("items/*/prefill-2x40-round0.item.json")
+    kept = json.loads(path.read_text())["values"]
+    assert not list(tmp_path.glob("items/*/prefill-2x40-round1.item.json")), "half a round is no item"
+    result = run("task.load_size=64")
+    # The load's line and one round.
+    assert result["provenance"]["resumed_items"] == 2
+    point = result["metrics"]["points"][0]
+    assert set(kept["caches"]) == set(point["variants"]) == {"none", "nuq3"}
+    for name, cell in kept["caches"].items():
+        assert point["variants"][name]["energy_j"][0] == cell["window"]["energy_j"]
+        assert len(point["variants"][name]["energy_j"]) == 2
+    windows = json.loads((tmp_path / "windows.json").read_text())
+    assert len([w for w in windows if w["name"] in ("prefill", "decode")]) == 2 * 2 * 2
+    assert len([w for w in windows if w["name"] == "load"]) == len(energy.LOAD_STEPS)
+
+
+def test_a_window_comes_back_as_it_was() -> None:
+    window = Window("decode", "m", "measured", GRID, 6.0, 12.5, None, 0.1, {"instant": 12.0}, {"x": [1]}, {})
+    failed = Window("decode", "m", "measured", GRID, 6.0, failure=MeterUnavailable("the counter stood still"))
+    for one in (window, failed):
+        again = Window.from_item(json.loads(json.dumps(one.as_item())))
+        assert again.as_metrics() == one.as_metrics() and type(again.failure) is type(one.failure)
+        assert (again.tick_s, again.state, again.polled_j) == (one.tick_s, one.state, one.polled_j)

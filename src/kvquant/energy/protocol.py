@@ -77,10 +77,11 @@ def measure_idle(meter: Meter, *, cooldown_s: float, idle_s: float, sleep: Sleep
 
 @dataclasses.dataclass
 class FilledWindow:
-    """A window and how often the work fitted into it."""
+    """A window, how often the work fitted into it, and the idle power of the process it was measured in, if known."""
 
     window: Window
     repetitions: int
+    idle_w: float | None = None
 
 
 def fill_window(

@@ -6,9 +6,10 @@ import abc
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from kvquant import errors
 from kvquant.errors import MeterError
 
 MEASURED, ESTIMATED = "measured", "estimated"
@@ -80,6 +81,21 @@ class Window:
                 f"window {self.name} must be metered, got {self.source}; set energy.meter"
             )
         return self.energy_j
+
+    def as_item(self) -> dict[str, Any]:
+        """Return the window as plain JSON that :meth:`from_item` reads."""
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        failure = None if self.failure is None else [type(self.failure).__name__, str(self.failure)]
+        return {**kept, "intensity": dataclasses.asdict(self.intensity), "failure": failure}
+
+    @classmethod
+    def from_item(cls, item: Mapping[str, Any]) -> Window:
+        """Return the window that `as_item` wrote down."""
+        failure = None
+        if item["failure"] is not None:
+            name, message = item["failure"]
+            failure = getattr(errors, name, MeterError)(message)
+        return cls(**{**item, "intensity": CarbonIntensity(**item["intensity"]), "failure": failure})
 
     def as_metrics(self) -> dict[str, Any]:
         """Return the window as it goes into a result."""

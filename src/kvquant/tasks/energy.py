@@ -1,4 +1,9 @@
-"""``task=energy``: joules per token of prefill and of decode, by method, batch and length, with their uncertainty."""
+"""``task=energy``: joules per token of prefill and of decode, by method, batch and length, with their uncertainty.
+
+An item is a round of one point: a window of every cache, so that the ratio of a pair never spans two processes. A job
+that is queued again cools down, measures idle and warms up anew, since its GPU has rested or is another one, and then
+measures the missing rounds; each round keeps the idle power of its process, and windows of several GPUs are flagged.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +94,7 @@ def run(cfg: Any, context: Any) -> None:
     with contextlib.closing(log):
         metrics["agreement"] = _agreement(bench, context, meter, variants[EXACT], stream, log)
         if task.load_check:
-            metrics["load"] = _known_load(context, meter, task, idle, rng, log)
+            metrics["load"] = _known_load_once(context, meter, task, idle, rng, log)
         metrics["points"] = _sweep(bench, context, meter, variants, stream, idle, rng, log)
     load = FleetLoad(
         task.fleet_requests_per_day,
@@ -183,6 +188,20 @@ def _agreement(
     }
 
 
+def _known_load_once(
+    context: Any, meter: Meter, task: Any, idle: Idle, rng: random.Random, log: _WindowLog
+) -> dict[str, Any]:
+    """`_known_load` as an item, its windows with it."""
+    item = context.items.get("load")
+    if item is None:
+        before = len(log.rows)
+        found = _known_load(context, meter, task, idle, rng, log)
+        context.items.commit("load", {"found": found, "windows": log.rows[before:]})
+        return found
+    log.rows += item.values["windows"]
+    return dict(item.values["found"])
+
+
 def _known_load(
     context: Any, meter: Meter, task: Any, idle: Idle, rng: random.Random, log: _WindowLog
 ) -> dict[str, Any]:
@@ -229,28 +248,51 @@ def _sweep(
     task = bench.cfg.task
     cells = [(p, b, n) for p in task.phases for b in task.batch_sizes for n in task.prompt_tokens]
     points = [Point(*cell) for cell in cells]
-    rounds = {point: counterbalanced_rounds(list(variants), task.windows, rng) for point in points}
-    turns = [(point, name) for point in points for names in rounds[point] for name in names]
+    # Drawn from the seed alone, so that a job that is queued again has the same order before it.
+    order = random.Random(f"{bench.cfg.seed} rounds")
+    turns = [
+        (point, number, names)
+        for point in points
+        for number, names in enumerate(counterbalanced_rounds(list(variants), task.windows, order))
+    ]
     filled: dict[tuple[Point, str], list[FilledWindow]] = {}
     too_large: dict[tuple[Point, str], str] = {}
     shelf: tuple[Point, LoadShelf] | None = None
-    for point, name in progress(context.console)(turns, "energy windows", len(turns)):
-        if (point, name) in too_large:
-            continue
+    gpus: dict[Point, set[str]] = {point: set() for point in points}
+
+    def measure(point: Point, names: list[str]) -> dict[str, Any]:
+        nonlocal shelf
         if shelf is None or shelf[0] != point:
             if shelf is not None:
                 shelf[1].clear()
             shelf = point, _shelf(bench, context.device, variants, point, stream)
-        delay_s = rng.uniform(0, MAX_PHASE_DELAY_S)
-        try:
-            with shelf[1].ready(name) as work:
-                one = fill_window(meter, point.phase, work, window_s=task.window_s, delay_s=delay_s)
-        except TOO_LARGE as error:
-            too_large[point, name] = str(error).splitlines()[0]
-            shelf[1].clear()
-            continue
-        log.add(one.window, one.repetitions, variant=name, **dataclasses.asdict(point))
-        filled.setdefault((point, name), []).append(one)
+        measured: dict[str, Any] = {}
+        for name in names:
+            if (point, name) in too_large:
+                continue
+            delay_s = rng.uniform(0, MAX_PHASE_DELAY_S)
+            try:
+                with shelf[1].ready(name) as work:
+                    one = fill_window(meter, point.phase, work, window_s=task.window_s, delay_s=delay_s)
+            except TOO_LARGE as error:
+                measured[name] = {"does_not_fit": str(error).splitlines()[0]}
+                shelf[1].clear()
+                continue
+            measured[name] = {"repetitions": one.repetitions, "window": one.window.as_item()}
+        return {"idle_w": idle.power_w, "gpu": meter.identity.get("uuid"), "caches": measured}
+
+    for point, number, names in progress(context.console)(turns, "energy windows", len(turns)):
+        key = f"{point.phase}-{point.batch}x{point.prompt_tokens}-round{number}"
+        item = context.items.get(key) or context.items.commit(key, measure(point, names))
+        gpus[point].add(str(item.values["gpu"]))
+        for name, cell in item.values["caches"].items():
+            if "does_not_fit" in cell:
+                too_large[point, name] = cell["does_not_fit"]
+                continue
+            window, repetitions = Window.from_item(cell["window"]), cell["repetitions"]
+            log.add(window, repetitions, variant=name, **dataclasses.asdict(point))
+            one = FilledWindow(window, repetitions, item.values["idle_w"])
+            filled.setdefault((point, name), []).append(one)
     out = []
     for point in points:
         summaries: dict[str, Any] = {}
@@ -261,6 +303,8 @@ def _sweep(
                 tokens = point.tokens(task.decode_steps)
                 mig = bool(meter.identity.get("mig"))
                 summaries[name] = summarize_variant(filled[point, name], tokens, idle.power_w, mig=mig)
+                if len(gpus[point]) > 1:
+                    summaries[name]["faults"].append("windows of several GPUs: the job moved")
         out.append({**dataclasses.asdict(point), "variants": summaries, **compare_point(summaries, EXACT)})
     return out
 

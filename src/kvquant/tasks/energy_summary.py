@@ -24,7 +24,7 @@ def summarize_variant(
     Args:
         filled: its windows, in order of their rounds.
         tokens: tokens per repetition.
-        idle_w: power with the model loaded and nothing to do.
+        idle_w: power with the model loaded and nothing to do, for windows that do not say their own.
         mig: whether the counter is that of a whole GPU cut into slices.
     """
     windows = [one.window for one in filled]
@@ -51,10 +51,11 @@ def summarize_variant(
         "energy_delay_js": statistics.mean(per_token) * seconds,
         "disagreement_percent": [disagreement_percent(w) for w in windows],
     }
-    if idle_w is not None:
+    idle = [idle_w if one.idle_w is None else one.idle_w for one in filled]
+    if None not in idle:
         above = [
-            (one.window.joules() - idle_w * one.window.duration_s) / (one.repetitions * tokens)
-            for one in filled
+            (one.window.joules() - (w or 0.0) * one.window.duration_s) / (one.repetitions * tokens)
+            for one, w in zip(filled, idle, strict=True)
         ]
         out["above_idle_j_per_token"] = above
         out["above_idle_j_per_token_mean"] = statistics.mean(above)
