@@ -310,3 +310,65 @@ def test_a_slug_is_readable_and_safe() -> None:
     assert (
         slug([f"task.prompt={'x/' * 200}"]).startswith("prompt=x_x_") and len(slug(["k=" + "v" * 500])) == 80
     )
+
+
+def test_energy_and_kernel_runs_have_figures_and_rows_of_their_own(tmp_path: Path, report) -> None:
+    # A run on an H100: one point, of whose caches one is not valid.
+    kept = Path(__file__).resolve().parent.parent / "paper" / "data" / "energy_h100_prefill.json"
+    rows = [
+        {
+            "operation": operation,
+            "shape": "llama31_8b",
+            "label": f"8x{tokens}",
+            "bits": bits,
+            "batch": 8,
+            "tokens": tokens,
+            "is_trace": False,
+            "us": 100.0,
+            "copy_fraction": 0.25,
+            "speedup_over_full_precision": 0.5,
+        }
+        for operation in ("write_keys", "decode")
+        for tokens in (2048, 32768)
+        for bits in (2, 4)
+    ]
+    write_run(tmp_path / "runs" / "kernels", task="kernels", metrics={"rows": rows})
+    figures = set(report(tmp_path / "runs", kept)["figures"])
+    assert {"energy.png", "energy.pdf", "kernels.png", "kernels.pdf"} <= figures
+    (table,) = build_tables(collect([str(tmp_path / "runs")]).ok)
+    assert [cell.text for cell in table.rows[0]][:8] == (
+        ["write_keys", "llama31_8b", "8x2048", "2", "100", "", "25.0", "0.50"]
+    )
+
+
+def test_outlier_fractions_compared_in_one_run_are_lines_by_method_and_width(tmp_path: Path) -> None:
+    variants = {
+        f"{method}{bits}-{fraction}": {
+            "method": method,
+            "key_bits": bits,
+            "value_bits": bits,
+            "outlier_fraction": fraction,
+            "effective_bits": bits + 40 * fraction,
+            "perplexity_excess_percent": {"estimate": 10 - 100 * fraction},
+        }
+        for method in ("nuq", "uniform")
+        for bits in (2, 3)
+        for fraction in (0.0, 0.01, 0.05)
+    }
+    exact = {
+        "method": "none",
+        "key_bits": 3,
+        "value_bits": 3,
+        "outlier_fraction": 0.01,
+        "effective_bits": 16.0,
+    }
+    metrics = {"variants": {"exact": exact, **variants}}
+    write_run(tmp_path / "run", task="compare", metrics=metrics)
+    spec = BY_NAME["outlier_fraction"]
+    for panel, last in zip(spec.panels, (4.0, 5.0), strict=True):
+        found = lines(collect([str(tmp_path)]).ok, panel.variants, spec.axis)
+        assert [series.label for series in found] == [
+            f"{method}, {bits} bits" for method in ("nuq", "uniform") for bits in (2, 3)
+        ]
+        assert all([p.x for p in series.points] == [0.0, 0.01, 0.05] for series in found)
+        assert found[0].points[-1].y == pytest.approx(last)

@@ -112,9 +112,9 @@ def test_a_fleets_bill_takes_phases_from_several_runs_and_says_what_it_assumes()
 
 def test_joules_by_batch_are_drawn_and_land_on_the_page(tmp_path: Path) -> None:
     runs = [energy_run(str(tmp_path / "a"), "decode", 2.0)]
-    ((title, path),) = draw_energy_figures(runs, tmp_path)
-    assert path.read_bytes()[:4] == b"\x89PNG" and "H100" in title
-    write_page(tmp_path / "report.html", Collection(runs=runs), energy_tables(runs), [(title, path)], [])
+    ((title, paths),) = draw_energy_figures(runs, tmp_path)
+    assert paths[0].read_bytes()[:4] == b"\x89PNG" and paths[1].suffix == ".pdf" and "H100" in title
+    write_page(tmp_path / "report.html", Collection(runs=runs), energy_tables(runs), [(title, paths[0])], [])
     assert "gCO2e/Mtoken" in (tmp_path / "report.html").read_text()
     # One batch size is no line.
     for point in runs[0].result["metrics"]["points"]:

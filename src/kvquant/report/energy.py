@@ -113,17 +113,19 @@ def _fleet(origin: dict[str, str], runs: Sequence[Run]) -> list[ReportTable]:
     return out
 
 
-def draw_energy_figures(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
+def draw_energy_figures(runs: Sequence[Run], folder: Path) -> list[tuple[str, list[Path]]]:
     """Draw valid joules per token against the batch, one panel per phase; a figure per group of runs.
 
     Returns:
-        Title and PNG of each; a group whose batch does not vary has none.
+        Title and files of each, PNG first; a group whose batch does not vary has none.
     """
-    out: list[tuple[str, Path]] = []
+    out: list[tuple[str, list[Path]]] = []
     for origin, members in blocks([run for run in runs if run.result["task"] == TASK]):
-        path = folder / f"energy_batch{f'_{len(out) + 1}' if out else ''}.png"
-        if draw_energy_figure([point for run in members for point in _points(run)], path):
-            out.append((f"Energy per token against the batch ({table_title(origin)})", path))
+        name = f"energy_batch{f'_{len(out) + 1}' if out else ''}"
+        points = [point for run in members for point in _points(run)]
+        paths = [folder / f"{name}.{kind}" for kind in ("png", "pdf")]
+        if all(draw_energy_figure(points, path) for path in paths):
+            out.append((f"Energy per token against the batch ({table_title(origin)})", paths))
     return out
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvquant.report.collect import Run
-from kvquant.report.series import Pairs, Variant
+from kvquant.report.series import NamedPairs, Pairs, Variant
 
 # A quantity by its names in the metrics of different tasks: the first that a run has.
 EFFECTIVE_BITS = ("effective_bits", "memory.quantized.effective_bits")
@@ -138,6 +138,22 @@ def _both(x: Callable[[Run], float | None], key: str) -> tuple[Variant, Variant]
     )
 
 
+def _against_fraction(*in_variant: str) -> Callable[[Run], NamedPairs]:
+    """A number of each method that ``task=compare`` measured against its outlier fraction, a line per method and width."""
+
+    def pairs(run: Run) -> NamedPairs:
+        found: NamedPairs = {}
+        for entry in variants_of(run).values():
+            x, y = entry.get("outlier_fraction"), _inner(entry, in_variant)
+            if x is not None and y is not None:
+                bits = "/".join(map(str, dict.fromkeys((entry["key_bits"], entry["value_bits"]))))
+                found.setdefault(f"{entry['method']}, {bits} bits", []).append((float(x), float(y)))
+        # One fraction is a point, not a line.
+        return {name: points for name, points in found.items() if len({x for x, _ in points}) > 1}
+
+    return pairs
+
+
 def _append(way: str) -> Callable[[Run], Pairs]:
     def pairs(run: Run) -> Pairs:
         by_way = run.result["metrics"].get("append_s")
@@ -239,8 +255,20 @@ FIGURES = (
         "outlier fraction",
         ("quant.outlier_fraction",),
         (
-            Panel("effective bits", (Variant("", _pair(_FRACTION, *EFFECTIVE_BITS)),)),
-            Panel("excess perplexity [%]", (Variant("", _pair(_FRACTION, *EXCESS)),)),
+            Panel(
+                "effective bits",
+                (
+                    Variant("", _pair(_FRACTION, *EFFECTIVE_BITS)),
+                    Variant("", _against_fraction("effective_bits")),
+                ),
+            ),
+            Panel(
+                "excess perplexity [%]",
+                (
+                    Variant("", _pair(_FRACTION, *EXCESS)),
+                    Variant("", _against_fraction("perplexity_excess_percent", "estimate")),
+                ),
+            ),
         ),
         log_x=False,
     ),

@@ -18,6 +18,8 @@ REPEATS = ("seed",)
 # Settings that the identity's hashes and the device's name say better: the same model may lie in two places.
 SAID_BY_IDENTITY = ("model.name", "model.path", "data.name", "data.path", "device", "task.name")
 Pairs = list[tuple[float, float]]
+# Of a run that holds several lines: each one's points by what it is called.
+NamedPairs = dict[str, Pairs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +47,12 @@ class Variant:
 
     Attributes:
         name: what the line is called, before what sets it apart from others; may be empty.
-        pairs: the points a run contributes, empty where it did not measure this.
+        pairs: the points a run contributes, empty where it did not measure this; several lines of points by name.
         ignores: settings that do not change this quantity, beside those of the axis (an exact cache and ``quant``).
     """
 
     name: str
-    pairs: Callable[[Run], Pairs]
+    pairs: Callable[[Run], Pairs | NamedPairs]
     ignores: tuple[str, ...] = ()
 
 
@@ -147,16 +149,19 @@ def lines(runs: Sequence[Run], variants: Sequence[Variant], axis: Sequence[str])
     for variant in variants:
         hidden = (*axis, *variant.ignores)
         for run in runs:
-            pairs = variant.pairs(run)
-            if not pairs:
+            found = variant.pairs(run)
+            if not found:
                 continue
+            by_name = found if isinstance(found, dict) else {"": found}
             tree = {**identity(run), **settings(run)}
             for key in _hidden(tuple(tree), hidden):
                 del tree[key]
             # As a set, because two runs may list their settings in different orders; 1 and 1.0 are one value.
-            entry = grouped.setdefault((variant.name, frozenset(tree.items())), (tree, {}))
-            for x, y in pairs:
-                entry[1].setdefault(x, []).append((y, run))
+            for inner, pairs in by_name.items():
+                name = ", ".join(part for part in (variant.name, inner) if part)
+                entry = grouped.setdefault((name, frozenset(tree.items())), (tree, {}))
+                for x, y in pairs:
+                    entry[1].setdefault(x, []).append((y, run))
     out = []
     for (name, _), (tree, at) in grouped.items():
         apart = differing([other for (same, _), (other, _) in grouped.items() if same == name])

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvquant.report.collect import Run, flat
-from kvquant.report.quantities import HEADLINES, VARIANT_COLUMNS, Headline, variant_numbers, variants_of
+from kvquant.report.entries import Entries, entries_of
+from kvquant.report.quantities import HEADLINES, Headline
 from kvquant.report.series import blocks, differing, settings
 
 # Of a task without headlines, so many of its own metrics.
@@ -45,8 +46,9 @@ def build_tables(runs: Sequence[Run]) -> list[ReportTable]:
 def _table(origin: dict[str, str], runs: list[Run]) -> ReportTable:
     trees = [{**settings(run), "seed": run.config("seed")} for run in runs]
     apart = differing(trees)
-    if any(variants_of(run) for run in runs):
-        return _variant_table(origin, runs, trees, apart)
+    kind = next((found for found in map(entries_of, runs) if found), None)
+    if kind is not None:
+        return _entry_table(origin, runs, trees, apart, kind)
     headlines = [h for h in HEADLINES if any(run.metric(*h.keys) is not None for run in runs)]
     headlines = headlines or _own_metrics(runs)
     rows = []
@@ -60,18 +62,17 @@ def _table(origin: dict[str, str], runs: list[Run]) -> ReportTable:
     return ReportTable(title, origin, [*apart, *(h.title for h in headlines), "run"], rows)
 
 
-def _variant_table(
-    origin: dict[str, str], runs: list[Run], trees: list[dict[str, Any]], apart: list[str]
+def _entry_table(
+    origin: dict[str, str], runs: list[Run], trees: list[dict[str, Any]], apart: list[str], kind: Entries
 ) -> ReportTable:
-    """One row per method of every run that compared several."""
+    """One row per entry of every run that measured several things."""
     rows = []
     for run, tree in zip(runs, trees, strict=True):
-        for name, entry in variants_of(run).items():
+        for names, numbers in kind.rows(run):
             cells = [Cell(_text(tree.get(key))) for key in apart]
-            cells += [Cell(name), *(Cell(text, run if text else None) for text in variant_numbers(entry))]
+            cells += [*map(Cell, names), *(Cell(text, run if text else None) for text in numbers)]
             rows.append([*cells, Cell(run.folder.name, run)])
-    columns = [*apart, "method", *(title for title, *_ in VARIANT_COLUMNS), "run"]
-    return ReportTable(table_title(origin), origin, columns, rows)
+    return ReportTable(table_title(origin), origin, [*apart, *kind.names, *kind.numbers, "run"], rows)
 
 
 def table_title(origin: dict[str, str]) -> str:

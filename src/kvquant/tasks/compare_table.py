@@ -101,6 +101,7 @@ def summarise(
     for row in rows:
         excess, kl = blocks_of(row.excess, block), blocks_of(row.sums("kl_sum"), block)
         entry: dict[str, Any] = {
+            **{k: getattr(row.spec, k) for k in ("method", "key_bits", "value_bits", "outlier_fraction")},
             "effective_bits": row.effective_bits,
             "perplexity": math.exp(
                 rows[0].sums("exact_nll_sum").sum() / n_tokens.sum() + row.excess.sum() / n_tokens.sum()

@@ -18,6 +18,7 @@ from kvquant.report.figures import draw
 from kvquant.report.page import write_page
 from kvquant.report.paper.build import write_paper
 from kvquant.report.quantities import FIGURES
+from kvquant.report.run_figures import draw_run_figures
 from kvquant.report.tables import build_tables, latex, markdown
 from kvquant.report.tidy import tidy_rows, write_csv, write_parquet
 
@@ -60,9 +61,10 @@ def run(cfg: Any, context: Any) -> None:
                 empty.append(spec.name)
             for path in paths:
                 context.record.add_figure(path)
-        for title, path in draw_energy_figures(found.ok, folder):
-            drawn.append((title, path))
-            context.record.add_figure(path)
+        for title, paths in [*draw_energy_figures(found.ok, folder), *draw_run_figures(found.ok, folder)]:
+            drawn.append((title, paths[0]))
+            for path in paths:
+                context.record.add_figure(path)
     notes = [f"Figures without data in these runs: {', '.join(empty)}."] if empty else []
     write_page(folder / "report.html", found, tables, drawn, notes)
     _summarize(context, found, len(tables), len(drawn))
