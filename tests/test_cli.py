@@ -290,6 +290,21 @@ def test_a_killed_run_goes_on_with_its_next_item(tmp_path: Path) -> None:
         assert (tmp_path / "run" / "computed").read_text() == computed
 
 
+def test_a_job_that_slurm_takes_back_during_its_requeue_has_no_result_yet(tmp_path: Path) -> None:
+    body = """
+    import os, signal, subprocess
+    def ask(signum, frame):
+        # Slurm ends the step, and scontrol in it, before scontrol returns.
+        raise subprocess.CalledProcessError(-signal.SIGTERM, ["scontrol", "requeue", "7"])
+    signal.signal(signal.SIGUSR2, ask)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    """
+    code, _, err = run(tmp_path, f"hydra.run.dir={tmp_path / 'run'}", body=body)
+    # submitit counts any other exception as the end of the job, and stops waiting for the next attempt.
+    assert code == 255 and err == ""
+    assert load_result(tmp_path / "run")["status"] == "interrupted"
+
+
 @pytest.mark.parametrize("place", ["file_in_the_way", "no_such_filesystem"])
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path, place: str) -> None:
     folder = "/proc/kvquant-outputs"
@@ -360,3 +375,41 @@ def test_wandb_writes_locally_without_a_word(
     assert list(tmp_path.rglob("*.wandb"))
     assert not caplog.records
     assert capfd.readouterr().err == ""
+
+
+def test_a_sweep_with_wandb_is_one_group_of_named_runs(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    body = "context.record.metrics['perplexity_quantized'] = 1.0 + cfg.quant.bits"
+    sweep = ("-m", "quant.bits=2,3", "tracking=wandb", "hydra.sweep.dir=multirun/day/one")
+    code, out, err = run(tmp_path, *sweep, body=body)
+    assert code == 0 and err == "" and "2 points: 2 ok" in out
+    # README's argument of `wandb sync`.
+    folders = sorted(tmp_path.glob("multirun/day/one/*/wandb/offline-run-*"))
+    assert len(folders) == 2
+    for folder in folders:
+        (file,) = folder.glob("*.wandb")
+        written, point = file.read_bytes(), folder.parent.parent
+        assert load_result(point)["provenance"]["sweep"] == "day-one"
+        assert all(text in written for text in (b"day-one", point.name.encode(), b"perplexity_quantized"))
+
+
+def test_a_launcher_whose_package_is_missing_is_refused_and_otherwise_not_mentioned(tmp_path: Path) -> None:
+    # Only this project's part of the namespace package, as where hydra-submitit-launcher is not installed.
+    (tmp_path / "driver.py").write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(SRC)!r})\nimport hydra_plugins\n"
+        f"hydra_plugins.__path__ = [{str(SRC / 'hydra_plugins')!r}]\n"
+        f"runpy.run_path({str(SRC / 'run.py')!r}, run_name='__main__')\n"
+    )
+
+    def without(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(tmp_path / "driver.py"), *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    plain = without("--cfg", "job")
+    assert plain.returncode == 0 and plain.stderr == "" and "seed: 0" in plain.stdout
+    for launcher in ("athena", "local"):
+        refused = without("-m", "quant.bits=2,3", f"hydra/launcher={launcher}")
+        assert refused.returncode == 2 and refused.stderr == (
+            f"error: hydra/launcher={launcher} must have the package hydra-submitit-launcher, got none installed; "
+            "try pip install hydra-submitit-launcher\n"
+        )

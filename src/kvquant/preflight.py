@@ -7,6 +7,7 @@ that point's turn comes.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import re
 import shutil
@@ -100,6 +101,21 @@ def check_options(composer: Composer, override: Override) -> None:
             close = nearest(str(name), options)
             hint = f"did you mean {group}={close}? It is" if close else f"{group} is"
             raise ConfigError(f"unknown option {group}={name}; {hint} one of {', '.join(sorted(options))}")
+
+
+def check_installed(override: Override) -> None:
+    """Refuse a launcher whose package is not there; without it Hydra would miss one of that package's files.
+
+    Raises:
+        ConfigError: names the package.
+    """
+    name = override.value() if override.key_or_group == "hydra/launcher" else None
+    if name in (None, "basic") or importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher"):
+        return
+    raise ConfigError(
+        f"hydra/launcher={name} must have the package hydra-submitit-launcher, got none installed; try "
+        "pip install hydra-submitit-launcher"
+    )
 
 
 def known_keys(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
@@ -204,6 +220,7 @@ def check_command(args: argparse.Namespace, *, only_compose: bool = False) -> No
         overrides = parse(args.overrides)
         for override in overrides:
             check_options(composer, override)
+            check_installed(override)
         try:
             _check(composer, overrides, multirun=args.multirun, only_compose=only_compose)
         except (HydraException, OmegaConfBaseException) as error:
@@ -281,7 +298,11 @@ def _check(composer: Composer, overrides: list[Override], *, multirun: bool, onl
         raise ConfigError(
             "experiment=a,b cannot sweep over presets that sweep; try experiment=[a,b] to combine them"
         )
-    for point in points(overrides, parse([f"{key}={value}" for key, value in params.items()])):
+    grid = points(overrides, parse([f"{key}={value}" for key, value in params.items()]))
+    if multirun and OmegaConf.select(base, "hydra.runtime.choices.hydra/sweeper") == "resumable":
+        # That sweeper composes and checks every point itself before it starts one; twice would take twice as long.
+        grid = grid[:1]
+    for point in grid:
         cfg = composer.compose(point)
         launcher = OmegaConf.select(cfg, "hydra.runtime.choices.hydra/launcher")
         with open_dict(cfg):

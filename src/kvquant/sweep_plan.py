@@ -74,15 +74,15 @@ def plan_points(expanded: Sequence[Sequence[str]], configs: Sequence[dict[str, A
         Points in the grid's order; one that another equals in everything that affects its result is left out.
     """
     points: dict[str, Point] = {}
-    for overrides, apart, config in zip(expanded, _apart(expanded), configs, strict=True):
+    for overrides, swept, config in zip(expanded, apart(expanded), configs, strict=True):
         digest = config_hash(config)
-        name = "-".join(part for part in (slug(apart or overrides), digest[:8]) if part)
+        name = "-".join(part for part in (slug(swept or overrides), digest[:8]) if part)
         points.setdefault(digest, Point(name, list(overrides), digest))
     return list(points.values())
 
 
-def _apart(expanded: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Of every point's overrides those that some other point does not have."""
+def apart(expanded: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return of every point's overrides those that some other point does not have."""
     counts = Counter(override for overrides in expanded for override in set(overrides))
     return [[o for o in overrides if counts[o] < len(expanded)] for overrides in expanded]
 
@@ -206,7 +206,7 @@ def finish_sweep(folder: Path, sweep: Sweep, *, detached: bool) -> None:
         return
     states = job_states([p.job_id for p in sweep.points if p.job_id])
     rows = []
-    for point, apart in zip(sweep.points, _apart([p.overrides for p in sweep.points]), strict=True):
+    for point, swept in zip(sweep.points, apart([p.overrides for p in sweep.points]), strict=True):
         status, reason, duration_s = status_of(folder, point)
         if status in ("running", "missing"):
             state = states.get(point.job_id or "")
@@ -215,7 +215,7 @@ def finish_sweep(folder: Path, sweep: Sweep, *, detached: bool) -> None:
             else:
                 point.ended = _last_words(folder, point, str(state) if state else "its process was killed")
                 status, reason = "lost", point.ended
-        rows.append((" ".join(apart or point.overrides), status, duration_s, reason))
+        rows.append((" ".join(swept or point.overrides), status, duration_s, reason))
     sweep.finished_at = _now()
     sweep.save(folder)
     _print_table(console, folder, sweep, rows)

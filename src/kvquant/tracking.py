@@ -52,6 +52,8 @@ class WandbTracker:
             entity=settings["entity"],
             group=settings["group"],
             mode=settings["mode"],
+            # A point of a sweep is called what its folder is called.
+            name=run_dir.name,
             dir=str(run_dir),
             config=dict(config),
             # Quiet: the run's own table is what a terminal should show. No code, no console: they are in the run dir.

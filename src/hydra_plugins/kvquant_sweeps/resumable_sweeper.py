@@ -8,8 +8,10 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 
 @dataclasses.dataclass
@@ -60,23 +62,28 @@ class ResumableSweeper(BasicSweeper):  # type: ignore[misc]
             raise ConfigError(f"hydra.launcher: {' '.join(str(error).split())}") from error
 
     def _points(self, arguments: Sequence[str]) -> list[Any]:
+        from kvquant.cli import CONFIG_NAME
         from kvquant.config import validate
         from kvquant.errors import ConfigError
-        from kvquant.sweep_plan import plan_points
+        from kvquant.preflight import Composer, explain
+        from kvquant.sweep_plan import apart, plan_points
 
         assert self.hydra_context is not None and self.config is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (expanded,) = self.split_arguments(overrides, None)
         composed: list[Any] = []
-        for point in expanded:
-            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(point))
-            with open_dict(cfg):
-                cfg.pop("hydra")
+        for point, swept in zip(expanded, apart(expanded), strict=True):
             try:
+                cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(point))
+                with open_dict(cfg):
+                    cfg.pop("hydra")
                 validate(cfg)
             except ConfigError as error:
-                raise ConfigError(f"{error} (in the sweep's point {' '.join(point)})") from None
+                where = f" (in the sweep's point {' '.join(swept)})" if swept else ""
+                raise ConfigError(f"{error}{where}") from None
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ConfigError(explain(Composer(CONFIG_NAME, None), error, overrides)) from None
             composed.append(OmegaConf.to_container(cfg, resolve=True))
         return plan_points(expanded, composed)
 

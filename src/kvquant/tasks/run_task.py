@@ -8,6 +8,7 @@ import importlib
 import logging
 import random
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,6 +187,18 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def is_requeue(error: BaseException) -> bool:
+    """Whether Slurm took the job away while submitit's handler was asking for that very thing.
+
+    ``scontrol requeue`` is a process of the job's own step: on a busy node Slurm ends the step, and scontrol in it,
+    before scontrol has returned, and the handler raises out of whatever the task was doing.
+    """
+    command = (
+        error.cmd if isinstance(error, subprocess.CalledProcessError | subprocess.TimeoutExpired) else ()
+    )
+    return list(command[:2]) == ["scontrol", "requeue"]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a run ended because host, GPU or block pool had no room left."""
     if isinstance(error, MemoryError | PoolExhausted) or type(error).__name__ == "OutOfMemoryError":
@@ -273,15 +286,18 @@ def execute(cfg: DictConfig, run_dir: Path | None = None, console: Console | Non
         with contextlib.closing(context), sigterm_interrupts(), context.metered_run():
             task.run(cfg, context)
     except BaseException as error:
-        status = "failed"
+        status, requeued = "failed", is_requeue(error)
         # SystemExit is how submitit's own handler ends a job before it is queued again.
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if requeued or isinstance(error, KeyboardInterrupt | SystemExit):
             status = "interrupted"
         elif is_out_of_memory(error):
             status = "out_of_memory"
             record.metrics["at_out_of_memory"] = memory_sizes()
         _finish(record, status, error)
         tracker.finish(record.metrics, status)
+        if requeued:
+            # As the handler would have ended it: any other exception is a result, which ends the wait for the job.
+            raise SystemExit(-1) from error
         raise
     record.finish("ok")
     tracker.finish(record.metrics, "ok")
