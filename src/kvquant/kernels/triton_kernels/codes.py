@@ -18,19 +18,91 @@ from torch import Tensor
 
 
 @triton.jit
-def count_codes(x, zero, scale, midpoints, COUNT: tl.constexpr):
+def _count_1(x, b0):
+    return (x > b0).to(tl.int32)
+
+
+@triton.jit
+def _count_2(x, b0, b1, b2):
+    upper = x > b1
+    return (upper.to(tl.int32) << 1) + _count_1(x, tl.where(upper, b2, b0))
+
+
+@triton.jit
+def _count_3(x, b0, b1, b2, b3, b4, b5, b6):
+    upper = x > b3
+    low = _count_2(x, tl.where(upper, b4, b0), tl.where(upper, b5, b1), tl.where(upper, b6, b2))
+    return (upper.to(tl.int32) << 2) + low
+
+
+@triton.jit
+def _boundary(zero, scale, midpoints, m: tl.constexpr):
+    return scale * tl.load(midpoints + m) + zero
+
+
+@triton.jit
+def count_codes(x, zero, scale, midpoints, BITS: tl.constexpr):
     """How many of the boundaries zero + scale * midpoint lie strictly below each element of the fp32 tile ``x``.
 
-    Launch with ``enable_fp_fusion=False``: product and sum are rounded on their own.
+    Boundaries rise with the midpoints, so that ``BITS`` comparisons find it, each of which halves those that are left:
+    up to 4 bits in registers, beyond by looking the next one up. Launch with ``enable_fp_fusion=False``: product and
+    sum are rounded on their own.
     """
-    code = (x > scale * tl.load(midpoints) + zero).to(tl.int32)
-    if COUNT <= 16:
-        for m in tl.static_range(1, COUNT):
-            code += (x > scale * tl.load(midpoints + m) + zero).to(tl.int32)
+    if BITS <= 4:
+        b0 = _boundary(zero, scale, midpoints, 0)
+        if BITS == 1:
+            return _count_1(x, b0)
+        else:
+            b1 = _boundary(zero, scale, midpoints, 1)
+            b2 = _boundary(zero, scale, midpoints, 2)
+            if BITS == 2:
+                return _count_2(x, b0, b1, b2)
+            else:
+                b3 = _boundary(zero, scale, midpoints, 3)
+                b4 = _boundary(zero, scale, midpoints, 4)
+                b5 = _boundary(zero, scale, midpoints, 5)
+                b6 = _boundary(zero, scale, midpoints, 6)
+                if BITS == 3:
+                    return _count_3(x, b0, b1, b2, b3, b4, b5, b6)
+                else:
+                    upper = x > _boundary(zero, scale, midpoints, 7)
+                    low = _count_3(
+                        x,
+                        tl.where(upper, _boundary(zero, scale, midpoints, 8), b0),
+                        tl.where(upper, _boundary(zero, scale, midpoints, 9), b1),
+                        tl.where(upper, _boundary(zero, scale, midpoints, 10), b2),
+                        tl.where(upper, _boundary(zero, scale, midpoints, 11), b3),
+                        tl.where(upper, _boundary(zero, scale, midpoints, 12), b4),
+                        tl.where(upper, _boundary(zero, scale, midpoints, 13), b5),
+                        tl.where(upper, _boundary(zero, scale, midpoints, 14), b6),
+                    )
+                    return (upper.to(tl.int32) << 3) + low
     else:
-        for m in range(1, COUNT):
-            code += (x > scale * tl.load(midpoints + m) + zero).to(tl.int32)
-    return code
+        code = tl.zeros(x.shape, tl.int32)
+        for level in tl.static_range(BITS):
+            HALF: tl.constexpr = 1 << (BITS - 1 - level)
+            code += tl.where(x > scale * tl.load(midpoints + (code + (HALF - 1))) + zero, HALF, 0)
+        return code
+
+
+@triton.jit
+def mask_of_eight(flags, SHAPE: tl.constexpr):
+    """Eight neighbouring flags in one number: a bit each, and how many are set from bit 16 on.
+
+    ``SHAPE`` is that of ``flags`` with eight to the last axis, which lie in one thread where elements were loaded so.
+    """
+    bit = tl.arange(0, 8)
+    if len(SHAPE) == 2:
+        weight = ((1 << bit) | (1 << 16))[None, :]
+    else:
+        weight = ((1 << bit) | (1 << 16))[None, None, :]
+    return tl.sum(tl.where(tl.reshape(flags, SHAPE), weight, 0), len(SHAPE) - 1)
+
+
+@triton.jit
+def lowest_bit(mask):
+    """Number of the lowest bit set in each positive number below 2**24."""
+    return ((mask & -mask).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit
@@ -102,7 +174,7 @@ def subfield_width(head_dim: int, bits: int) -> int:
 
 def tile_rows(most: int) -> int:
     """Rows of a tile for up to ``most`` of them: few sizes, so that few kernels are compiled."""
-    return 4 if most <= 4 else 16
+    return 4 if most <= 4 else 32
 
 
 def as_bytes(skip: Tensor | None, other: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from kvquant.kernels.triton_kernels import decode
 # Programs in flight: four on each of an H100's 132 multiprocessors, twice over.
 _PROGRAMS = 132 * 8
 _MOST_SPLITS = 64
-_WARPS, _STAGES = 4, 3
+# For 8192 numbers of a block and head; what is prefetched must leave room in shared memory.
+_WARPS, _STAGES, _PREFETCH_BYTES = 4, 3, 64 << 10
 
 
 @triton.jit
@@ -194,8 +195,8 @@ def attend_exact_decode(
         G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), BS=block_size,
         HALF=half, HALF_P=triton.next_power_of_2(max(16, half)),
         REST_P=triton.next_power_of_2(max(16, rest)) if rest else 0,
-        SPLITS=splits, STAGES=_STAGES, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-        PRECISION="ieee" if keys.dtype == fp32 else "tf32", num_warps=_WARPS,
+        SPLITS=splits, STAGES=max(1, min(_STAGES, 1 + _PREFETCH_BYTES // (2 * keys[0, 0].nbytes))), HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+        PRECISION="ieee" if keys.dtype == fp32 else "tf32", num_warps=_WARPS if block_size * D <= 8192 else 8,
     )  # fmt: skip
     merged = torch.empty_like(query)
     decode._merge_kernel[(B * Hq,)](

@@ -27,6 +27,8 @@ from kvquant.kernels.triton_kernels.codes import (
     count_codes,
     fold,
     is_finite,
+    lowest_bit,
+    mask_of_eight,
     no_words,
     report,
     store_words,
@@ -37,36 +39,34 @@ from kvquant.kernels.triton_kernels.codes import (
 _KEY_NOT_FINITE = tl.constexpr(ERROR_KEY_NOT_FINITE)
 _OUT_OF_SPILL = tl.constexpr(ERROR_OUT_OF_SPILL)
 _CHUNK = tl.constexpr(SPILL_ENTRIES)
-# (run, head)s that the second launch adds up at a time, and links that the third sets at a time.
-_PIECE, _LINKS = tl.constexpr(1024), tl.constexpr(64)
+_LINKS = tl.constexpr(64)  # links that the third launch sets at a time
 
 
 @triton.jit
 def _tile(
-    keys, skip, row, live, head, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SKIP: tl.constexpr
-):
-    """Load the keys [rows, DP] of one head as fp32, with a mask of what is there and one of what may be an outlier."""
+    keys, skip, lower, upper, row, live, head, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SKIP: tl.constexpr
+):  # fmt: skip
+    """Load the keys [rows, DP] of one head as fp32, with a mask of what is there and one of what is an outlier."""
     d = tl.arange(0, DP)
     there = live[:, None] & (d < D)[None, :]
     x = tl.load(keys + (row.to(tl.int64) * (H * D) + head * D)[:, None] + d[None, :], mask=there, other=0.0)
-    stored = there
+    x = x.to(tl.float32)
+    low = tl.load(lower + head * D + d, mask=d < D, other=0.0)
+    high = tl.load(upper + head * D + d, mask=d < D, other=0.0)
+    outside = there & ((x < low[None, :]) | (x > high[None, :]))
     if SKIP:
-        stored = there & (tl.load(skip + row, mask=live, other=1) == 0)[:, None]
-    return x.to(tl.float32), there, stored
+        outside = outside & (tl.load(skip + row, mask=live, other=1) == 0)[:, None]
+    return x, there, outside
 
 
 @triton.jit
-def _outliers(x, stored, lower, upper, head, before, D: tl.constexpr, DP: tl.constexpr):
-    """Outliers of a tile, each one's entry in its (block, head), and how many there are with those before."""
-    d = tl.arange(0, DP)
-    low = tl.load(lower + head * D + d, mask=d < D, other=0.0)
-    high = tl.load(upper + head * D + d, mask=d < D, other=0.0)
-    outside = stored & ((x < low[None, :]) | (x > high[None, :]))
-    one = outside.to(tl.int32)
-    per_row = tl.sum(one, 1)
-    earlier_rows = tl.cumsum(per_row, 0) - per_row
-    entry = before + earlier_rows[:, None] + tl.cumsum(one, 1) - 1
-    return outside, entry, before + tl.sum(per_row, 0)
+def _rank(outside, before, ROWS: tl.constexpr, DP: tl.constexpr):
+    """Outliers of a tile in order: by eight channels their bits and the first one's entry, and how many with those before."""
+    packed = mask_of_eight(outside, (ROWS, DP // 8, 8))
+    count = packed >> 16
+    per_row = tl.sum(count, 1)
+    entry = before + (tl.cumsum(per_row, 0) - per_row)[:, None] + tl.cumsum(count, 1) - count
+    return packed & 255, entry, before + tl.sum(per_row, 0)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def _codes_and_base_rows(
     ROW_BYTES: tl.constexpr = BITS // (BITS & -BITS) * U
 
     entries = before
-    j, d = tl.arange(0, UP), tl.arange(0, DP)
+    j, d, d8 = tl.arange(0, UP), tl.arange(0, DP), tl.arange(0, DP // 8)
     for start in range(0, count, ROWS):
         r = start + tl.arange(0, ROWS)
         live = r < count
@@ -125,24 +125,40 @@ def _codes_and_base_rows(
             s = tl.load(scale + channel, mask=inside, other=0.0)[None, :]
             low = tl.load(lower + channel, mask=inside, other=0.0)[None, :]
             high = tl.load(upper + channel, mask=inside, other=0.0)[None, :]
-            code = count_codes(x, z, s, midpoints, (1 << BITS) - 1)
+            code = count_codes(x, z, s, midpoints, BITS)
             words = fold(words, tl.where((x < low) | (x > high), 0, code), u, BITS)
         if SKIP:
             words = tl.where((tl.load(skip + row, mask=live, other=1) == 0)[:, None], words, 0)
         at = codes + ((place * BS + slot) * ROW_BYTES)[:, None] + j[None, :]
         store_words(words, at, live[:, None] & (j < U)[None, :], U, BITS)
 
-        x, there, stored = _tile(keys, skip, row, live, head, H, D, DP, SKIP)
-        outside, entry, entries = _outliers(x, stored, lower, upper, head, entries, D, DP)
-        kept = x.to(outlier_value.dtype.element_ty)
-        in_base = outside & (entry < BASE)
-        index = (slot * D)[:, None] + d[None, :]
-        tl.store(outlier_index + place * BASE + entry, index.to(tl.int16), mask=in_base)
-        tl.store(outlier_value + place * BASE + entry, kept, mask=in_base)
-        bad = there & ((is_finite(x) == 0) | (outside & (is_finite(kept) == 0)))
-        bad_channel = tl.min(tl.min(tl.where(bad, (head * D + d)[None, :], H * D), 1), 0)
-        report(error, _KEY_NOT_FINITE, bad_channel, H * D)
+        x, there, outside = _tile(keys, skip, lower, upper, row, live, head, H, D, DP, SKIP)
+        left, entry, entries = _rank(outside, entries, ROWS, DP)
+        # Few of eight neighbours are outliers: one from each eight at a time, and few times.
+        most = tl.max(tl.max(left, 1), 0)
+        while most > 0:
+            column = d8[None, :] * 8 + lowest_bit(left)
+            chosen = (left > 0) & (entry < BASE)
+            one = tl.load(
+                keys + (row.to(tl.int64) * (H * D) + head * D)[:, None] + column, mask=chosen, other=0.0
+            )
+            to = place * BASE + entry
+            tl.store(outlier_index + to, ((slot * D)[:, None] + column).to(tl.int16), mask=chosen)
+            tl.store(outlier_value + to, one.to(tl.float32).to(outlier_value.dtype.element_ty), mask=chosen)
+            entry += 1
+            left &= left - 1
+            most = tl.max(tl.max(left, 1), 0)
 
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        worst = tl.max(tl.max(tl.where(there, bits, 0), 1), 0)
+        if (worst >= 0x7F800000) | (keys.dtype.element_ty != outlier_value.dtype.element_ty):
+            kept = x.to(outlier_value.dtype.element_ty)
+            bad = there & ((is_finite(x) == 0) | (outside & (is_finite(kept) == 0)))
+            bad_channel = tl.min(tl.min(tl.where(bad, (head * D + d)[None, :], H * D), 1), 0)
+            report(error, _KEY_NOT_FINITE, bad_channel, H * D)
+
+    # Read once more, which is cheaper than a register through the loop.
+    before = tl.load(outlier_count + place)
     at = run * H + head
     tl.store(scratch + at, entries - before)
     tl.store(scratch + tl.num_programs(0) * H + at, before)
@@ -154,15 +170,13 @@ def _chunks(entries, BASE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["total"])
-def _hand_out_chunks(
-    runs, scratch, outlier_count, spill_top, error, total, H: tl.constexpr, BASE: tl.constexpr
-):
-    """Number each (run, head)'s new chunks, and count the outliers, all or none, by whether the chunks suffice."""
+def _hand_out_chunks(scratch, spill_top, error, total, BASE: tl.constexpr, PIECE: tl.constexpr):
+    """Number each (run, head)'s new chunks, and say whether the chunks suffice for all; if not, none is taken."""
     top = tl.load(spill_top)
     # A scalar of the scratch's type, whatever type the constant 0 has.
     taken = top - top
-    for start in range(0, total, _PIECE):
-        i = start + tl.arange(0, _PIECE)
+    for start in range(0, total, PIECE):
+        i = start + tl.arange(0, PIECE)
         live = i < total
         count = tl.load(scratch + i, mask=live, other=0)
         before = tl.load(scratch + total + i, mask=live, other=0)
@@ -176,14 +190,6 @@ def _hand_out_chunks(
     tl.store(scratch + 3 * total + 1, top)
     tl.store(spill_top, top - taken, mask=enough)
     report(error, _OUT_OF_SPILL, tl.where(enough, 1, 0), 1)
-    if enough:
-        for start in range(0, total, _PIECE):
-            i = start + tl.arange(0, _PIECE)
-            live = i < total
-            count = tl.load(scratch + i, mask=live, other=0)
-            before = tl.load(scratch + total + i, mask=live, other=0)
-            block = tl.load(runs + i // H * 4, mask=live, other=0).to(tl.int64)
-            tl.store(outlier_count + block * H + i % H, before + count, mask=live & (count > 0))
 
 
 @triton.jit
@@ -194,6 +200,7 @@ def _spill(
     skip,
     runs,
     scratch,
+    outlier_count,
     spill_head,
     spill_next,
     spill_index,
@@ -212,8 +219,9 @@ def _spill(
     before = tl.load(scratch + total + at)
     after = before + tl.load(scratch + at)
     enough = tl.load(scratch + 3 * total) != 0
+    block = tl.load(runs + run * 4).to(tl.int64)
+    tl.store(outlier_count + block * H + head, after, mask=enough & (after > before))
     if enough & (after > tl.maximum(before, BASE)):
-        block = tl.load(runs + run * 4).to(tl.int64)
         first = tl.load(runs + run * 4 + 1)
         count = tl.load(runs + run * 4 + 2)
         first_slot = tl.load(runs + run * 4 + 3)
@@ -225,20 +233,30 @@ def _spill(
         for _link in range(1, held):
             tail = tl.load(spill_next + tail)
 
-        d = tl.arange(0, DP)
+        d8 = tl.arange(0, DP // 8)
         entries = before
         for start in range(0, count, ROWS):
             r = start + tl.arange(0, ROWS)
-            x, _there, stored = _tile(keys, skip, first + r, r < count, head, H, D, DP, SKIP)
-            outside, entry, entries = _outliers(x, stored, lower, upper, head, entries, D, DP)
-            beyond = outside & (entry >= BASE)
-            position = tl.maximum(entry - BASE, 0)
-            ordinal = position // _CHUNK - held
-            fresh = tl.load(newest - ordinal, mask=beyond & (ordinal >= 0), other=0)
-            to = tl.where(ordinal >= 0, fresh, tail).to(tl.int64) * _CHUNK + position % _CHUNK
-            index = ((first_slot + r) * D)[:, None] + d[None, :]
-            tl.store(spill_index + to, index.to(tl.int16), mask=beyond)
-            tl.store(spill_value + to, x.to(spill_value.dtype.element_ty), mask=beyond)
+            row = first + r
+            _x, _there, outside = _tile(keys, skip, lower, upper, row, r < count, head, H, D, DP, SKIP)
+            left, entry, entries = _rank(outside, entries, ROWS, DP)
+            most = tl.max(tl.max(left, 1), 0)
+            while most > 0:
+                channel = d8[None, :] * 8 + lowest_bit(left)
+                beyond = (left > 0) & (entry >= BASE)
+                value = tl.load(
+                    keys + (row.to(tl.int64) * (H * D) + head * D)[:, None] + channel, mask=beyond, other=0.0
+                )
+                position = tl.maximum(entry - BASE, 0)
+                ordinal = position // _CHUNK - held
+                fresh = tl.load(newest - ordinal, mask=beyond & (ordinal >= 0), other=0)
+                to = tl.where(ordinal >= 0, fresh, tail).to(tl.int64) * _CHUNK + position % _CHUNK
+                index = ((first_slot + r) * D)[:, None] + channel
+                tl.store(spill_index + to, index.to(tl.int16), mask=beyond)
+                tl.store(spill_value + to, value.to(tl.float32).to(spill_value.dtype.element_ty), mask=beyond)
+                entry += 1
+                left &= left - 1
+                most = tl.max(tl.max(left, 1), 0)
 
         for start in range(0, new, _LINKS):
             k = start + tl.arange(0, _LINKS)
@@ -318,7 +336,7 @@ def write_keys(
     if not base and not len(store.spill_free):
         return  # stored without outliers: the thresholds are infinite
     _hand_out_chunks[(1,)](
-        runs, scratch, store.outlier_count, store.spill_top, error, R * H, H=H, BASE=base, **options
+        scratch, store.spill_top, error, R * H, BASE=base, PIECE=1024 if R * H <= 1024 else 4096, **options
     )
     _spill[(R, H)](
         keys,
@@ -326,6 +344,7 @@ def write_keys(
         skip_bytes,
         runs,
         scratch,
+        store.outlier_count,
         store.spill_head,
         store.spill_next,
         store.spill_index,

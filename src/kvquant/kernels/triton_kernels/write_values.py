@@ -2,8 +2,10 @@
 
 The first, a program per token and value group, finds the n smallest and n largest channels and the range of the rest.
 The n-th largest of the maxima of small groups of channels is at most the n-th largest channel, and nearly it: bisection
-over the maxima finds it, a few steps from each value to the next do the rest. The second, a program per tokens and
-head, writes the codes; what is an outlier it knows from the two thresholds and where ties at them end.
+over the maxima finds it. Mostly exactly 2n channels then lie at or beyond the two bounds; if not, a few steps from each
+value to the next and a search among ties do the rest. One warp has a token of up to 1024 channels: what crosses its
+lanes takes one instruction. The second, a program per tokens and head, writes the codes; what is an outlier it knows
+from the two ends and where ties at them stop.
 """
 
 # Kernels take tensors of pointers and constants, which have no types.
@@ -22,6 +24,8 @@ from kvquant.kernels.triton_kernels.codes import (
     count_codes,
     fold,
     is_finite,
+    lowest_bit,
+    mask_of_eight,
     no_words,
     report,
     store_words,
@@ -55,36 +59,77 @@ def _ceil_average(a, b):
 
 
 @triton.jit
+def _reached(high, high_bound, low, low_bound, WIDE: tl.constexpr):
+    """How many of ``high`` and of ``low`` reach their bounds: two counts in one sum."""
+    if WIDE:
+        both = tl.sum((high >= high_bound).to(tl.int64) + ((low >= low_bound).to(tl.int64) << 32), 0)
+        return (both & _MOST).to(tl.int32), (both >> 32).to(tl.int32)
+    else:
+        both = tl.sum((high >= high_bound).to(tl.int32) + ((low >= low_bound).to(tl.int32) << 16), 0)
+        return both & 0xFFFF, both >> 16
+
+
+@triton.jit
 def _nth_largest_bounds(
-    high, low, N: tl.constexpr, CHANNELS: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr
-):
-    """The N-th largest of the group maxima of ``high`` and of ``low`` [P], by bisecting both at once."""
+    x, there, N: tl.constexpr, CHANNELS: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, UNUSED: tl.constexpr
+):  # fmt: skip
+    """The N-th largest of the group maxima of ``x`` [P], and the N-th smallest of the minima, by bisecting both at once."""
     GROUPS: tl.constexpr = P // GROUP
-    high = tl.max(tl.reshape(high, (GROUPS, GROUP)), 1)
-    low = tl.max(tl.reshape(low, (GROUPS, GROUP)), 1)
-    there = tl.arange(0, GROUPS) * GROUP < CHANNELS
-    high_from, high_to = tl.min(tl.where(there, high, _MOST), 0), tl.max(high, 0)
-    low_from, low_to = tl.min(tl.where(there, low, _MOST), 0), tl.max(low, 0)
+    high = tl.max(tl.reshape(tl.where(there, x, -float("inf")), (GROUPS, GROUP)), 1)
+    low = tl.min(tl.reshape(tl.where(there, x, float("inf")), (GROUPS, GROUP)), 1)
+    inside = tl.arange(0, GROUPS) * GROUP < CHANNELS
+    high, low = _ordered(high, UNUSED), -_ordered(low, UNUSED)
+    high_from, high_to = tl.min(tl.where(inside, high, _MOST), 0), tl.max(tl.where(inside, high, _LEAST), 0)
+    low_from, low_to = tl.min(tl.where(inside, low, _MOST), 0), tl.max(tl.where(inside, low, _LEAST), 0)
+    high, low = tl.where(inside, high, _LEAST), tl.where(inside, low, _LEAST)
     while (high_from < high_to) | (low_from < low_to):
         high_mid, low_mid = _ceil_average(high_from, high_to), _ceil_average(low_from, low_to)
-        # Two counts in one sum.
-        reached = tl.sum((high >= high_mid).to(tl.int64) + ((low >= low_mid).to(tl.int64) << 32), 0)
-        high_enough, low_enough = (reached & _MOST) >= N, (reached >> 32) >= N
+        high_reached, low_reached = _reached(high, high_mid, low, low_mid, GROUPS > 16384)
+        high_enough, low_enough = high_reached >= N, low_reached >= N
         high_from = tl.where(high_enough, high_mid, high_from)
         high_to = tl.where(high_enough, high_to, high_mid - 1)
         low_from = tl.where(low_enough, low_mid, low_from)
         low_to = tl.where(low_enough, low_to, low_mid - 1)
-    return high_from, low_from
+    return _unordered(high_from, UNUSED), _unordered(-low_from, UNUSED)
 
 
 @triton.jit
-def _raise_bound(x, bound, N: tl.constexpr):
-    """The N-th largest of ``x``, from a bound that N elements reach, and how many elements lie above it."""
-    above = tl.sum((x > bound).to(tl.int32), 0)
+def _ends(x, there, high, low, N: tl.constexpr):
+    """The N-th largest and smallest of ``x``, from bounds that N elements reach, and how many elements lie beyond each."""
+    largest = tl.where(there, x, -float("inf"))
+    smallest = tl.where(there, x, float("inf"))
+    above = tl.sum((largest > high).to(tl.int32), 0)
     while above >= N:
-        bound = tl.min(tl.where(x > bound, x, _MOST), 0)
-        above = tl.sum((x > bound).to(tl.int32), 0)
-    return bound, above
+        high = tl.min(tl.where(largest > high, x, float("inf")), 0)
+        above = tl.sum((largest > high).to(tl.int32), 0)
+    below = tl.sum((smallest < low).to(tl.int32), 0)
+    while below >= N:
+        low = tl.max(tl.where(smallest < low, x, -float("inf")), 0)
+        below = tl.sum((smallest < low).to(tl.int32), 0)
+    return high, above, low, below
+
+
+@triton.jit
+def _tie_bounds(c, at_high, wanted_high, at_low, wanted_low, P: tl.constexpr):
+    """The first channel of the last ``wanted_high`` ties at the high end, and the last of the first ``wanted_low`` at the low.
+
+    Where all ties are wanted, the bounds are 0 and P and nothing is searched.
+    """
+    surplus_high = tl.sum(at_high.to(tl.int32), 0) > wanted_high
+    surplus_low = tl.sum(at_low.to(tl.int32), 0) > wanted_low
+    first, first_most = tl.where(surplus_high, 1, 0), tl.where(surplus_high, P, 0)
+    while first < first_most:
+        middle = (first + first_most) // 2
+        few = tl.sum((at_high & (c >= middle)).to(tl.int32), 0) <= wanted_high
+        first = tl.where(few, first, middle + 1)
+        first_most = tl.where(few, middle, first_most)
+    last, last_most = tl.where(surplus_low, -1, P), tl.where(surplus_low, P - 1, P)
+    while last < last_most:
+        middle = (last + last_most + 1) // 2
+        few = tl.sum((at_low & (c <= middle)).to(tl.int32), 0) <= wanted_low
+        last = tl.where(few, middle, last)
+        last_most = tl.where(few, last_most, middle - 1)
+    return first, last
 
 
 @triton.jit
@@ -117,39 +162,45 @@ def _ranges_and_outliers(
     if SKIP:
         stored = tl.load(skip + token) == 0
     rest = there
-    bad = there & (is_finite(x) == 0)
     if N > 0:
-        o = _ordered(x, UNUSED)
-        high, low = tl.where(there, o, _LEAST), tl.where(there, -o, _LEAST)
-        high_bound, low_bound = _nth_largest_bounds(high, low, N, CHANNELS, P, GROUP)
-        largest, above = _raise_bound(high, high_bound, N)
-        smallest, below = _raise_bound(low, low_bound, N)
-        # Ties go to the highest channels at the high end, to the lowest at the low end; three counts in one scan.
-        beyond = (high > largest) | (low > smallest)
-        at_high, at_low = high == largest, low == smallest
-        one = beyond.to(tl.int64) + (at_high.to(tl.int64) << 20) + (at_low.to(tl.int64) << 40)
-        earlier = tl.cumsum(one, 0) - one
-        high_before = ((earlier >> 20) & 0xFFFFF).to(tl.int32) - (
-            tl.sum(at_high.to(tl.int32), 0) - (N - above)
-        )
-        low_before = (earlier >> 40).to(tl.int32)
-        high_tie = at_high & (high_before >= 0)
-        low_tie = at_low & (low_before < N - below)
-        outlier = beyond | high_tie | low_tie
+        high, low = _nth_largest_bounds(x, there, N, CHANNELS, P, GROUP, UNUSED)
+        # Mostly the bounds are the ends themselves, and nothing else equals them. Else the ends are found from there, and
+        # ties go to the highest channels at the high end, to the lowest at the low end.
+        outlier = there & ((x >= high) | (x <= low))
+        packed = mask_of_eight(outlier, (P // 8, 8))
+        found = tl.sum(packed >> 16, 0)
+        high_from = found - found
+        low_until = high_from + P
+        if found != 2 * N:
+            high, above, low, below = _ends(x, there, high, low, N)
+            at_high, at_low = there & (x == high), there & (x == low)
+            high_from, low_until = _tie_bounds(c, at_high, N - above, at_low, N - below, P)
+            outlier = there & ((x > high) | (x < low))
+            outlier = outlier | (at_high & (c >= high_from)) | (at_low & (c <= low_until))
+            packed = mask_of_eight(outlier, (P // 8, 8))
         rest = there & (outlier == 0)
-        k = (earlier & 0xFFFFF).to(tl.int32) + tl.maximum(high_before, 0) + tl.minimum(low_before, N - below)
-        k = tl.minimum(k, 2 * N - 1)  # NaN has no place in the order; it must not leave the row
-        kept = x.to(outlier_value.dtype.element_ty)
-        to = (at * VG + group) * (2 * N) + k
-        tl.store(outlier_index + to, (group * CHANNELS + c).to(tl.int16), mask=outlier)
-        tl.store(outlier_value + to, kept, mask=outlier)
-        bad = bad | (outlier & (is_finite(kept) == 0) & stored)
+        count = packed >> 16
+        left, k = packed & 255, tl.cumsum(count, 0) - count
+        c8 = tl.arange(0, P // 8) * 8
+        most = tl.max(left, 0)
+        while most > 0:
+            channel = c8 + lowest_bit(left)
+            # NaN has no place in the order; it must not leave the row
+            chosen = (left > 0) & (k < 2 * N)
+            one = tl.load(values + (token * VG + group) * CHANNELS + channel, mask=chosen, other=0.0)
+            kept = one.to(tl.float32).to(outlier_value.dtype.element_ty)
+            to = (at * VG + group) * (2 * N) + k
+            tl.store(outlier_index + to, (group * CHANNELS + channel).to(tl.int16), mask=chosen)
+            tl.store(outlier_value + to, kept, mask=chosen)
+            k += 1
+            left &= left - 1
+            most = tl.max(left, 0)
         # What the second launch needs to know an outlier by; channels are exact in fp32.
         mine = ends + (token * VG + group) * 4
-        tl.store(mine, _unordered(-smallest, UNUSED))
-        tl.store(mine + 1, _unordered(largest, UNUSED))
-        tl.store(mine + 2, tl.max(tl.where(low_tie, c, 0), 0).to(tl.float32))
-        tl.store(mine + 3, tl.min(tl.where(high_tie, c, P), 0).to(tl.float32))
+        tl.store(mine, low)
+        tl.store(mine + 1, high)
+        tl.store(mine + 2, low_until.to(tl.float32))
+        tl.store(mine + 3, high_from.to(tl.float32))
     # Like the twin's, a zero that bounds the range is never negative.
     lowest = tl.min(tl.where(rest, x, float("inf")), 0) + 0.0
     highest = tl.max(tl.where(rest, x, float("-inf")), 0) + 0.0
@@ -157,7 +208,15 @@ def _ranges_and_outliers(
     half = ((highest - lowest) * 0.5).to(zero.dtype.element_ty)
     tl.store(zero + at * VG + group, centre)
     tl.store(scale + at * VG + group, half)
-    bad_channel = tl.min(tl.where(bad, c, P), 0)
+    # Numbers that are not finite are rare: their channels are looked for only where there is one, or where outliers are
+    # stored in a narrower type that they may overflow.
+    worst = tl.max(tl.where(there, x.to(tl.int32, bitcast=True) & _MOST, 0), 0)
+    bad_channel = worst - worst + P
+    if (worst >= 0x7F800000) | (values.dtype.element_ty != zero.dtype.element_ty):
+        bad = there & (is_finite(x) == 0)
+        if N > 0:
+            bad = bad | (outlier & (is_finite(x.to(outlier_value.dtype.element_ty)) == 0) & stored)
+        bad_channel = tl.min(tl.where(bad, c, P), 0)
     if N == 0:
         # Without outliers the range must fit the 16-bit storage; with them, an outlier overflows first.
         size = tl.where(there, tl.abs(x), -1.0)
@@ -219,7 +278,7 @@ def _value_codes(
         at = ((block * BS + slot) * VG)[:, None] + group
         z = tl.load(zero + at, mask=known, other=0.0).to(tl.float32)
         s = tl.load(scale + at, mask=known, other=0.0).to(tl.float32)
-        code = count_codes(x, z, s, midpoints, (1 << BITS) - 1)
+        code = count_codes(x, z, s, midpoints, BITS)
         if N > 0:
             end = ends + ((row * VG)[:, None] + group) * 4
             low = tl.load(end, mask=known, other=0.0)
@@ -292,7 +351,7 @@ def write_values(
         GROUP=_group_size(channels, per_end),
         UNUSED=_UNUSED_BITS[values.dtype],
         SKIP=skip is not None,
-        num_warps=min(16, max(4, padded // 512)),
+        num_warps=_warps(padded),
         enable_fp_fusion=False,
     )
     rows = tile_rows(T)
@@ -319,6 +378,11 @@ def write_values(
         num_warps=4,
         enable_fp_fusion=False,
     )
+
+
+def _warps(channels: int) -> int:
+    """Warps for a token's channels: one as far as registers go, since what crosses lanes is cheap and what crosses warps not."""
+    return max(1, min(16, channels // 1024))
 
 
 def _group_size(channels: int, per_end: int) -> int:
