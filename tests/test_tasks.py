@@ -15,7 +15,7 @@ from kvquant.cli import conf_dir
 from kvquant.config import register_schemas
 from kvquant.errors import CalibrationError, DataError, MeterUnavailable, PoolExhausted
 from kvquant.results import load_result
-from kvquant.tasks import run_task
+from kvquant.tasks import prefill_share, run_task
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +190,20 @@ def test_allocation_measures_every_way_at_every_length(run) -> None:
     assert result["figures"] == ["append.png"]
 
 
-def test_quantize_measures_both_ways(run) -> None:
-    metrics = run("task=quantize", "task.tokens=70", "task.channels=128", "task.repeats=1")["metrics"]
+def test_quantize_measures_both_ways(run, monkeypatch) -> None:
+    small = {"hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    monkeypatch.setattr(prefill_share, "SHAPE", {**prefill_share.SHAPE, **small, "vocab_size": 64})
+    sizes = (
+        "tokens=70",
+        "channels=128",
+        "repeats=1",
+        "lengths=[64]",
+        "length_channels=128",
+        "decode_tokens=130",
+    )
+    metrics = run("task=quantize", *(f"task.{size}" for size in sizes))["metrics"]
     assert metrics["speedup"] > 0 and metrics["keys_blocks_s"] > 0
+    assert metrics["prefill"]["tokens"] == 97 + 161 + 285 + 481
 
 
 def test_a_pool_that_is_too_small_is_out_of_memory_in_the_result(run, tmp_path) -> None:
