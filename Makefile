@@ -11,7 +11,7 @@ install: ## install in place with everything for development, and the commit hoo
 	pre-commit install
 
 test: ## run the tests (no GPU, no Slurm, nothing slow)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 test-slow: ## run the tests that take minutes
 	$(PYTHON) -m pytest -m slow
