@@ -1,6 +1,6 @@
-"""Decode attention of the triton backend against the tiled attention over the same blocks, in fp32.
+"""Decode attention of the triton backend against fp64 over the same blocks, dequantized.
 
-Triton's interpreter must be chosen before triton is imported, so that the cases run in a process of their own (this
+Its error may be twice that of the same computation in the input's dtype, no more. Triton's interpreter must be chosen before triton is imported, so that the cases run in a process of their own (this
 file as a script); on a GPU the same cases run compiled, and larger ones.
 """
 
@@ -11,14 +11,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dense_attention import dense_decode
+
 SRC = Path(__file__).resolve().parent.parent / "src"
-# fp16 tiles: a rounding of a centroid, of a range and two of a rotation, as a model in fp16 has them. The softmax of
-# these heavy-tailed keys makes much of them: 4.4e-3 was the worst on an H100.
-TOLERANCE = 6e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +41,37 @@ class Case:
     block_size: int = 64
     dtype: torch.dtype = torch.float16
     spilled: bool = False
+    # What the error may be of that of the same computation in the input's dtype (dense_attention.py).
+    most: float = 2.0
 
 
+# Enough query heads in each that the ratio of two errors is not one of two accidents.
 SMALL = {
     "ragged, groups": Case((1, 70, 130), bits=4, groups=2),
-    "2 bits": Case((63, 130), bits=2, fraction=0.02),
+    "2 bits": Case((63, 130), bits=2, fraction=0.02, groups=5),
     "3 bits, many outliers": Case((5, 200), fraction=0.05, groups=4, spilled=True),
-    "keys and values apart": Case((65,), bits=4, value_bits=2, heads=1, groups=3),
-    "sinks": Case((2, 65), head_dim=128, heads=1, groups=3, sinks=3),
-    "window and cap": Case((200, 9), bits=4, heads=1, groups=2, window=50, softcap=5.0),
-    "no rotation, value groups": Case((100,), bits=4, head_dim=80, rotated=False, value_groups=2),
-    "no outliers": Case((100,), bits=2, head_dim=96, heads=1, groups=2, fraction=0.0),
-    "scaled rotation": Case((100,), head_dim=80, heads=1, groups=2, scaling=1.3),
-    "small blocks": Case((31, 32, 33), bits=4, heads=1, block_size=32),
+    "keys and values apart": Case((65,), bits=4, value_bits=2, heads=1, groups=12),
+    "sinks": Case((2, 65), head_dim=128, heads=1, groups=7, sinks=3),
+    "window and cap": Case((200, 9), bits=4, heads=1, groups=8, window=50, softcap=5.0),
+    # Without a rotation the dtype's way rounds nothing of an outlier, the kernel its difference to code 0 (3.5 seen). No
+    # supported model leaves keys as they are.
+    "no rotation, value groups": Case(
+        (100,), bits=4, head_dim=80, rotated=False, value_groups=2, groups=4, most=4.0
+    ),
+    "no outliers": Case((100,), bits=2, head_dim=96, heads=1, groups=6, fraction=0.0),
+    "scaled rotation": Case((100,), head_dim=80, heads=1, groups=8, scaling=1.3),
+    "small blocks": Case((31, 32, 33), bits=4, heads=2, groups=4, block_size=32),
 }
 LARGE = {
+    "one token": Case((1,), bits=4, head_dim=128, heads=8, groups=4, dtype=torch.bfloat16),
+    "full length": Case((32768, 1, 8191), bits=3, head_dim=128, heads=8, groups=4, dtype=torch.bfloat16),
+    **{
+        f"head_dim {D}, {bits} bits": Case(
+            (63, 64, 65, 300), bits=bits, head_dim=D, heads=4, groups=2, dtype=dtype
+        )
+        for D in (64, 80, 96, 128, 256)
+        for bits, dtype in ((4, torch.bfloat16), (3, torch.float16), (2, torch.bfloat16))
+    },
     "llama 3 shape": Case((1, 500, 2100), bits=4, head_dim=128, heads=8, groups=4, dtype=torch.bfloat16),
     "llama 2 shape": Case((63, 64, 65), bits=3, head_dim=128, heads=32, dtype=torch.bfloat16),
     "wide heads": Case((130, 1000), bits=2, head_dim=256, heads=4, groups=2),
@@ -63,19 +79,53 @@ LARGE = {
 
 
 def error_of(case: Case, device: str, splits: int) -> float:
-    """Relative RMS of the kernel's result."""
-    ours, truth = results(case, device, splits)
-    return float((ours - truth).norm() / truth.norm())
+    """The kernel's relative RMS error, in units of that of the same computation in the input's dtype."""
+    ours, truth, in_dtype = (x.double() for x in results(case, device, splits))
+    return float((ours - truth).norm() / (in_dtype - truth).norm())
 
 
-def results(case: Case, device: str, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's output and the tiled attention's, [B, Hq, D] fp32."""
+def results(case: Case, device: str, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernel's output, the truth, and the input's dtype's way to compute it, [B, Hq, D] each."""
+    call = decode_call(case, device)
+    return call.ours(splits), call.dense(torch.float64), call.dense(case.dtype)
+
+
+@dataclasses.dataclass
+class Call:
+    """A decode call over stored blocks."""
+
+    query: torch.Tensor
+    step: Any
+    layer: Any
+    rope: Any
+    sinks: tuple[torch.Tensor, torch.Tensor] | None
+    settings: dict[str, Any]
+    pool: Any
+    rows: list[int]
+    write: Any
+
+    def ours(self, splits: int | None = None) -> torch.Tensor:
+        """The kernel's output."""
+        from kvquant.kernels.triton_kernels.attention import attend_decode
+
+        table, lengths = self.step.block_table, self.step.kv_lengths_tensor
+        arguments = (self.query, table, lengths, self.layer, self.rope, self.sinks)
+        return attend_decode(*arguments, splits=splits, **self.settings)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same from dense tensors."""
+        table, lengths = self.step.block_table, self.step.kv_lengths
+        arguments = (self.query, table, lengths, self.layer, self.rope, self.sinks)
+        return dense_decode(*arguments, dtype=dtype, **self.settings)
+
+
+def decode_call(case: Case, device: str) -> Call:
+    """Store a case's tokens and make its query."""
     from kvquant.batched_quant import BatchedKVQuantizer
     from kvquant.block_layout import BlockLayout
     from kvquant.block_pool import BlockPool
     from kvquant.kernels import Rope
-    from kvquant.kernels.tiled_attention import attend_tiled
-    from kvquant.kernels.triton_kernels.attention import attend_decode, decode_refusal
+    from kvquant.kernels.triton_kernels.attention import decode_refusal
     from kvquant.spec import QuantSpec
 
     H, D, BS = case.heads, case.head_dim, case.block_size
@@ -115,7 +165,8 @@ def results(case: Case, device: str, splits: int) -> tuple[torch.Tensor, torch.T
         offset, base = (torch.arange(n)[:, None] * f * frequency for n, f in ((2 * BS, 1), (20, 2 * BS)))
         tables = (offset.cos() * case.scaling, offset.sin() * case.scaling, base.cos(), base.sin())
         rope = Rope(*(table.to(device) for table in tables))
-    query = torch.randn(len(rows), H * case.groups, D, generator=generator).to(device)
+    # Half of a normal query: logits of these wide keys then spread over a few nats, as a trained model's do.
+    query = torch.randn(len(rows), H * case.groups, D, generator=generator).mul(0.5).to(device, case.dtype)
     sinks = (store.sink_keys[step.rows], store.sink_values[step.rows]) if case.sinks else None
     layer = quantizer.reader(store, backend="pytorch_fused")
     settings = {
@@ -126,14 +177,33 @@ def results(case: Case, device: str, splits: int) -> tuple[torch.Tensor, torch.T
         "softcap": case.softcap,
     }
     assert decode_refusal(query, layer, rope, BS) is None
-    truth = attend_tiled(query, step, layer, rope, None, sinks, **settings)
-    ours = attend_decode(
-        query, step.block_table, step.kv_lengths_tensor, layer, rope, sinks, splits=splits, **settings
+
+    def write(x: torch.Tensor, new: Any) -> None:
+        quantizer.write(x, x, store, new, backend="pytorch_fused")
+
+    return Call(query, step, layer, rope, sinks, settings, pool, rows, write)
+
+
+def not_finite_beside(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's output before and after a call that brought NaN and infinity to every sequence and was refused."""
+    from kvquant.errors import NonFiniteActivations
+
+    call = decode_call(case, device)
+    before = call.ours()
+    step = call.pool.reserve(call.rows, [3] * len(call.rows))
+    bad = torch.full(
+        (3 * len(call.rows), case.heads, case.head_dim), float("nan"), dtype=case.dtype, device=device
     )
-    return ours, truth
+    bad[1::3] = float("inf")
+    call.write(bad, step)
+    try:
+        call.pool.commit()
+    except NonFiniteActivations:
+        return before, call.ours()
+    raise AssertionError("NaN was stored")
 
 
-def test_decode_in_the_interpreter_agrees_with_tiled_attention() -> None:
+def test_decode_in_the_interpreter_is_as_good_as_the_dtype() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -142,14 +212,40 @@ def test_decode_in_the_interpreter_agrees_with_tiled_attention() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("case", [*SMALL.values(), *LARGE.values()], ids=[*SMALL, *LARGE])
-def test_decode_on_a_gpu_agrees_with_tiled_attention(case: Case, splits: int) -> None:
-    assert error_of(case, "cuda", splits) < TOLERANCE
+def test_decode_on_a_gpu_is_as_good_as_the_dtype(case: Case, splits: int) -> None:
+    assert error_of(case, "cuda", splits) <= case.most
 
 
 @pytest.mark.gpu
 def test_decode_gives_the_same_bits_every_time() -> None:
-    first, *others = (results(LARGE["llama 3 shape"], "cuda", 3)[0] for _ in range(5))
+    call = decode_call(LARGE["llama 3 shape"], "cuda")
+    first, *others = (call.ours(3) for _ in range(5))
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*SMALL.values(), *LARGE.values()], ids=[*SMALL, *LARGE])
+def test_a_cuda_graph_replays_what_the_eager_call_gives(case: Case) -> None:
+    call = decode_call(case, "cuda")
+    eager = call.ours()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call.ours()
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(captured, eager)
+    # Fixed addresses: a new query, and one token less in each sequence, are seen by the same graph.
+    call.query.copy_(call.query.flip(0))
+    call.step.kv_lengths_tensor.copy_((call.step.kv_lengths_tensor - 1).clamp(min=1))
+    graph.replay()
+    assert torch.equal(captured, call.ours())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*SMALL.values(), *LARGE.values()], ids=[*SMALL, *LARGE])
+def test_not_finite_tokens_leave_their_neighbours_as_they_were_on_a_gpu(case: Case) -> None:
+    before, after = not_finite_beside(case, "cuda")
+    assert bool(before.isfinite().all()) and torch.equal(before, after)
 
 
 @pytest.mark.parametrize(
@@ -187,4 +283,7 @@ if __name__ == "__main__":
         sys.exit(decode_refusal(torch.zeros(1, 2, D), layer, None, size))
     worst = {name: max(error_of(case, "cpu", splits) for splits in (1, 3)) for name, case in cases.items()}
     print(worst)
-    sys.exit(not all(error < TOLERANCE for error in worst.values()))
+    assert all(error <= cases[name].most for name, error in worst.items())
+    for name in ("ragged, groups", "sinks"):
+        before, after = not_finite_beside(cases[name], "cpu")
+        assert bool(before.isfinite().all()) and torch.equal(before, after), name

@@ -76,6 +76,12 @@ def _decode_fields(
 
 
 @triton.jit
+def _power_of_two(size):
+    """The next power of two, 1 for 0: dividing by it rounds nothing, so that fp16 queries stay what they are."""
+    return tl.exp2(tl.ceil(tl.log2(tl.where(size > 0, size, 1.0))))
+
+
+@triton.jit
 def _decode_kernel(
     # What is attended with: [B, Hq, D] fp32, rotated at its position
     query, block_table, kv_lengths,
@@ -126,10 +132,10 @@ def _decode_kernel(
     k_size = tl.max(tl.load(key_scale + h * D + d_all, mask=d_all < D, other=0.0), 0) * 1.5 + tl.max(
         tl.abs(tl.load(key_zero + h * D + d_all, mask=d_all < D, other=0.0)), 0
     )
-    k_size = tl.where(k_size > 0, k_size, 1.0)
+    k_size = _power_of_two(k_size)
     q_all = tl.load(q_row + d_all[None, :], mask=(g[:, None] < G) & (d_all[None, :] < D), other=0.0)
     q_size = tl.max(tl.max(tl.abs(q_all), 1), 0) * 2.0
-    q_size = tl.where(q_size > 0, q_size, 1.0)
+    q_size = _power_of_two(q_size)
     unit = softmax_scale * k_size * q_size
 
     # Fields f and f + KF/2 are RoPE partners. Tiles of the queries [GP, KWP] fp32, ranges [1, KWP] fp16.
