@@ -215,10 +215,10 @@ class ServeTraceTask(TaskConfig):
     """Replay requests through continuous batching at one memory budget, quantized and not."""
 
     name: str = "serve_trace"
-    num_requests: int = 64
+    num_requests: int = 128
     memory_budget_gib: float = 2**-7
     max_sequences: int = 64
-    step_tokens: int = 512
+    step_tokens: int = 1024
     spare_fraction: float = 0.02
     time_scale: float = 0.0
     mean_gap_s: float = 0.181
@@ -228,7 +228,7 @@ class ServeTraceTask(TaskConfig):
     @staticmethod
     def check(task: Any) -> None:
         """A step must have a token for every sequence; lengths and times must be possible."""
-        require(task.num_requests >= 1, "task.num_requests", "1 or more", task.num_requests, "64")
+        require(task.num_requests >= 1, "task.num_requests", "1 or more", task.num_requests, "128")
         budget = task.memory_budget_gib
         require(budget > 0, "task.memory_budget_gib", "above 0", budget, "0.0078125")
         require(task.max_sequences >= 1, "task.max_sequences", "1 or more", task.max_sequences, "64")

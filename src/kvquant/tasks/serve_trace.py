@@ -3,6 +3,13 @@
 Both caches get the same bytes and the same rules: first come, first served, admitted by blocks, the newest preempted
 when blocks run out, finished sequences gone at once. Times are those of this machine; idle time is skipped.
 
+How many sequences a budget holds shows only while memory is what binds: ``memory_bound_steps`` counts the steps at
+which blocks alone kept others waiting. The defaults see to it for both caches, by settings that neither can profit
+from alone: all requests are there at the start, there are several times as many as the larger cache holds, and a step
+takes a few prompts (with 256 tokens a step, the first of them would be answered before the larger cache is full).
+``held_max`` is the largest number, which short requests that happen to meet raise for the smaller cache more than for
+the larger; ``held_mean_memory_bound`` is the mean over those steps.
+
 An item is the replay for one cache: requests share steps and blocks, so a replay that was cut short begins anew.
 """
 
