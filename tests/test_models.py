@@ -259,6 +259,31 @@ class TestContext:
         assert all(not m._forward_pre_hooks and not m._forward_hooks for m in small.modules())
         assert torch.equal(small(input_ids=ids).logits, before)
 
+    def test_hooks_of_others_and_the_whole_config_stay_also_after_a_call_that_raised(self, small) -> None:
+        ids, seen = prompts_of([20])[0][None], []
+        attention = small.model.layers[0].self_attn
+        handle = attention.register_forward_pre_hook(lambda *args: seen.append("before"))
+        config, hooks = small.config.to_dict(), list(attention._forward_pre_hooks.values())
+        state = {name: dict(vars(module)) for name, module in small.named_modules()}
+        with pytest.raises(DataError), quantized_kv_cache(small, exact(small)) as kv:
+            kv.new_cache().append([ids[0]])
+            kv.new_cache(max_length=10).append([ids[0]])
+        assert seen == ["before"]
+        assert small.config.to_dict() == config and small.config._attn_implementation == "sdpa"
+        assert list(attention._forward_pre_hooks.values()) == hooks
+        assert {name: dict(vars(module)) for name, module in small.named_modules()} == state
+        handle.remove()
+
+    @pytest.mark.slow
+    def test_a_model_compiled_inside_runs_the_same_and_is_left_as_it_was(self, small) -> None:
+        ids = prompts_of([20])[0][None]
+        with torch.inference_mode(), quantized_kv_cache(small, exact(small)) as kv:
+            expected = small(input_ids=ids, past_key_values=kv.new_cache()).logits
+            compiled = torch.compile(small, backend="eager")
+            ours = compiled(input_ids=ids, past_key_values=kv.new_cache()).logits
+            torch.testing.assert_close(ours, expected)
+        assert all(not m._forward_pre_hooks and not m._forward_hooks for m in small.modules())
+
     def test_other_caches_and_nesting_are_refused(self, small) -> None:
         ids = prompts_of([20])[0][None]
         with quantized_kv_cache(small, exact(small)):

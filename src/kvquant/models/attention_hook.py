@@ -49,6 +49,8 @@ class _Hook:
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self._function = function
 
+    # A model compiled while the context lasts runs the rest of itself compiled, around these.
+    @torch.compiler.disable
     def __call__(self, *args: Any) -> Any:
         return None if self._function is None else self._function(*args)
 
@@ -173,6 +175,7 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The layout of a call says which tokens exist: no mask is ever built."""
 
 
+@torch.compiler.disable
 def _dispatch(
     module: nn.Module,
     query: Tensor,

@@ -21,7 +21,7 @@ from kvquant.models.counting_layer import CountingLayer
 from kvquant.models.devices import input_device, layer_devices
 from kvquant.models.forward_call import CachedLayer, CallTokens, ForwardCall, check_lengths, padded_tokens
 from kvquant.models.loading import ModelShape
-from kvquant.models.pools import PoolSize, allocate_pools, group_layers
+from kvquant.models.pools import PoolSize, allocate_pools, group_layers, key_elements, key_outliers
 from kvquant.models.rotary import check_rope_switch, rope_switch, rope_type_of, rotated_channels
 from kvquant.ragged import cumulative_lengths
 
@@ -62,7 +62,7 @@ class QuantizedCache(Cache):
         self.rows: list[int] = []
         self.stopwatch: Stopwatch | None = None
         self.when_asked: Callable[[QuantizedCache], None] | None = None
-        self._model, self._shape = model, shape
+        self._model = model
         self._num_blocks, self._memory_budget_gib, self._call_tokens = (
             num_blocks,
             memory_budget_gib,
@@ -140,8 +140,8 @@ class QuantizedCache(Cache):
             [torch.arange(n, device=device) + self.length(r) for n, r in zip(lengths, rows, strict=True)]
         )
         last_tokens = 1 if isinstance(logits, str) else logits
-        last = torch.tensor(cumulative_lengths(lengths)[1:], device=device)[:, None] - last_tokens
-        last = (last + torch.arange(last_tokens, device=device)).flatten()
+        # On the host: the last layers may be on another device than the ids.
+        last = [end - back for end in cumulative_lengths(lengths)[1:] for back in range(last_tokens, 0, -1)]
         # As wide as the same call padded: generate() then finds its new tokens behind.
         self._packed = CallTokens(list(rows), lengths, max(lengths), None)
         try:
@@ -311,23 +311,12 @@ class QuantizedCache(Cache):
     @property
     def effective_bits(self) -> float:
         """8 * bytes held / elements of K and V held."""
-        tokens = sum(
-            pool.tokens_held(row) * pool.layout.num_layers for pool in self._pools for row in self.rows
-        )
-        elements = 2 * tokens * self._shape.num_kv_heads * self._shape.head_dim
-        return 8 * self.bytes_held / max(elements, 1)
+        return 8 * self.bytes_held / max(2 * key_elements(self._pools, self.rows), 1)
 
     @property
     def key_outlier_fraction(self) -> float:
         """Fraction of stored key elements kept exactly."""
-        kept = elements = 0
-        for pool in self._pools:
-            layout = pool.layout
-            for row in self.rows:
-                elements += pool.tokens_held(row) * layout.num_layers * layout.num_kv_heads * layout.head_dim
-                if layout.chains_outliers:
-                    kept += int(pool.tensors["key_outlier_count"][:, pool.blocks_of(row)].sum())
-        return kept / max(elements, 1)
+        return key_outliers(self._pools, self.rows) / max(key_elements(self._pools, self.rows), 1)
 
     @property
     def pools(self) -> list[BlockPool]:

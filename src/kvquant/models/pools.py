@@ -116,6 +116,25 @@ def allocate_pools(groups: Sequence[LayerGroup], size: PoolSize) -> list[BlockPo
     ]
 
 
+def key_elements(pools: Sequence[BlockPool], rows: Sequence[int]) -> int:
+    """Key elements stored for some sequences, those of blocks that a window has given back left out."""
+    return sum(
+        pool.tokens_held(row) * pool.layout.num_layers * pool.layout.num_kv_heads * pool.layout.head_dim
+        for pool in pools
+        for row in rows
+    )
+
+
+def key_outliers(pools: Sequence[BlockPool], rows: Sequence[int]) -> int:
+    """Key elements that are kept exactly among them (waits for the device)."""
+    return sum(
+        int(pool.tensors["key_outlier_count"][:, pool.blocks_of(row)].sum())
+        for pool in pools
+        if pool.layout.chains_outliers
+        for row in rows
+    )
+
+
 def _num_blocks(groups: Sequence[LayerGroup], size: PoolSize) -> int:
     if size.num_blocks is not None:
         return size.num_blocks
