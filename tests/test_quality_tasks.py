@@ -34,7 +34,9 @@ def run(calibration_dir, tmp_path):
         register_schemas()
         always = ["experiment=smoke", "device=cpu", "energy.meter=none", f"calibration.dir={calibration_dir}"]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=[*always, *overrides])
+            # A preset of the test's own takes the place of the small one.
+            presets = [o for o in overrides if o.startswith("experiment=")]
+            cfg = compose("config", overrides=[*(always[1:] if presets else always), *overrides])
         run_task.execute(cfg, run_dir=tmp_path, console=Console(quiet=True))
         return load_result(tmp_path)
 
@@ -349,6 +351,46 @@ def test_a_context_beyond_the_model_needs_rope_scaling(run) -> None:
 def test_a_dev_and_a_test_part_share_no_document(run) -> None:
     parts = [run("task=perplexity", "task.window=256", f"task.part={p}")["metrics"] for p in ("dev", "test")]
     assert parts[0]["perplexity_exact"] != parts[1]["perplexity_exact"]
+
+
+def test_the_main_table_runs_on_a_local_checkpoint(run, tmp_path) -> None:
+    """The preset and a folder: one of another shape, context and dtype than the shipped model, saved by transformers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kvquant.models import load_tokenizer
+
+    tokenizer, folder = load_tokenizer(), tmp_path / "my-model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    result = run(
+        "experiment=[main_table,smoke]",
+        "model=local",
+        f"model.path={folder}",
+        "task.variants=[{option: [nuq, hadamard], bits: [2, 8]}]",
+        "task.passkey_length=200",
+        "task.passkeys=2",
+        "data.heldout_tokens=512",
+    )
+    metrics = result["metrics"]
+    assert metrics["model"]["max_length"] == metrics["window_tokens"] == 256 and metrics["windows"] == 2
+    assert result["provenance"]["model_hash"] and result["config"]["model"]["path"] == str(folder)
+    for method in ("nuq{}-1%", "hadamard{}"):
+        two, eight = (metrics["variants"][method.format(bits)] for bits in (2, 8))
+        assert two["kl"]["estimate"] > 10 * eight["kl"]["estimate"] > 0
+        assert two["passkey"]["n"] == 2
 
 
 @pytest.mark.parametrize("backend", ["hqq", "quanto"])
