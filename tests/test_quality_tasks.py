@@ -132,6 +132,7 @@ def test_draws_of_calibration_text_are_averaged_and_their_spread_is_said(run) ->
             r"task.variants\[1\]: quant.recent_tokens",
         ),
         (["nuq"], "must be a mapping"),
+        ([{"option": "nuq", "bits": [2, 3], "label": "mine"}], "must have a label of its own, got mine a second"),
     ],
 )
 def test_a_wrong_row_is_one_line(rows: list, message: str) -> None:
@@ -157,11 +158,12 @@ def test_the_baseline_is_interpolated_in_its_logarithm() -> None:
     assert at_equal_bits(row("d", 5, [1, 1]), [low, high], sums) is None
 
 
-@pytest.mark.parametrize("task", ["perplexity", "compare", "passkey", "ruler"])
+@pytest.mark.parametrize("task", ["perplexity", "compare", "passkey", "ruler", "longbench", "lm_eval"])
 def test_exact_reads_are_refused_where_they_would_show_nothing(task: str) -> None:
     register_schemas()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("config", overrides=[f"task={task}", "cache.prefill_reads=exact"])
+        needed = ["task.path=/somewhere"] if task == "longbench" else []
+        cfg = compose("config", overrides=[f"task={task}", "cache.prefill_reads=exact", *needed])
     with pytest.raises(ConfigError, match="try cache.prefill_reads=quantized"):
         validate(cfg)
 
@@ -398,7 +400,7 @@ def test_the_outside_baseline_reads_a_text_piece_by_piece(run, backend: str) -> 
     pytest.importorskip(backend if backend == "hqq" else "optimum.quanto")
     rows = f"task.variants=[{{option: hf_quantized, bits: [2, 4], options: {{backend: {backend}}}, recent_tokens: 64}}]"
     table = run(*SMALL, rows, "task.passkeys=0")["metrics"]["variants"]
-    two, four = (table[f"hf_quantized{bits} recent_tokens=64"] for bits in (2, 4))
+    two, four = (table[f"hf_quantized{bits} recent_tokens=64 backend={backend}"] for bits in (2, 4))
     assert two["kl"]["estimate"] > 3 * four["kl"]["estimate"] > 0
     # The last 64 of 128 tokens are exact.
     assert 10 < two["effective_bits"] < four["effective_bits"] < 16

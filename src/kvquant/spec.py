@@ -14,7 +14,7 @@ METHODS = tuple(
 # Share one store and one set of kernels and differ in the codebook alone.
 NUQ_FAMILY = ("nuq", "uniform", "normal_float")
 FISHER_WEIGHTS = ("fisher", "fisher_scale2", "none")
-KEY_OUTLIERS = ("channel", "layer")
+KEY_OUTLIERS = ("channel", "head", "layer")
 SINK_RULES = ("position", "key_norm", "attention_mass")
 MIN_BITS, MAX_BITS = 1, 8
 
@@ -31,8 +31,8 @@ class QuantSpec:
         value_bits: overrides ``bits`` for values; after construction always the width in force.
         outlier_fraction: fraction of elements kept exactly, half of them at each end.
         value_outlier_fraction: overrides it for values.
-        key_outliers: whose fraction that is for keys: each ``channel``'s (KVQuant), or the whole ``layer``'s, by
-            distance from the channel's mean in its standard deviations.
+        key_outliers: whose fraction that is for keys: each ``channel``'s (KVQuant), or each ``head``'s or the whole
+            ``layer``'s, by distance from the channel's mean in its standard deviations.
         sink_tokens: positions below this in each sequence stay exact.
         sink_rule: ``position``: that many in every layer; ``key_norm``, ``attention_mass``: in each layer only the
             leading positions whose key norm, or whose share of later queries' attention, stood out in calibration,

@@ -31,7 +31,7 @@ def expand(rows: Iterable[Any]) -> list[Variant]:
             a list stands for each of its values.
 
     Raises:
-        ConfigError: an option or a field that does not exist, or a value it cannot take.
+        ConfigError: an option or a field that does not exist, a value it cannot take, or a label given twice.
     """
     out: dict[QuantSpec, Variant] = {}
     for index, row in enumerate(rows):
@@ -45,6 +45,11 @@ def expand(rows: Iterable[Any]) -> list[Variant]:
         choices = [value if isinstance(value, list) else [value] for value in row.values()]
         for values in itertools.product(*choices):
             variant = _variant(index, dict(zip(row, values, strict=True)))
+            same = [v for v in out.values() if v.label == variant.label and v.spec != variant.spec]
+            if same:
+                raise ConfigError(
+                    f"task.variants[{index}] must have a label of its own, got {variant.label} a second time; leave label out"
+                )
             out.setdefault(variant.spec, variant)
     return list(out.values())
 
@@ -66,7 +71,7 @@ def _variant(index: int, settings: dict[str, Any]) -> Variant:
         raise ConfigError(
             f"task.variants[{index}] must name fields of the quant group, got {unknown[0]}; try one of {', '.join(known)}"
         )
-    options = {**base.pop("options", {}), **settings.pop("options", {})}
+    options = {**base.pop("options", {}), **settings.get("options", {})}
     merged = {**base, **settings, "options": options}
     try:
         spec = QuantSpec(**merged)  # type: ignore[arg-type]
@@ -86,6 +91,7 @@ def describe(option: str, spec: QuantSpec, changes: Mapping[str, Any]) -> str:
     extra = [
         f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changes.items() if k not in skipped
     ]
+    extra += [f"{k}={v}" for k, v in changes.get("options", {}).items()]
     if "fisher_weight" in changes:
         extra.append(f"{spec.fisher_weight}")
     return " ".join([name, *extra])
