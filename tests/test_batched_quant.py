@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvquant import nuq
-from kvquant.batched_quant import BatchedKVQuantizer, PackedKV
+from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_pool import BlockPool
 from kvquant.errors import NonFiniteActivations, PoolExhausted
 from kvquant.kernels import SPILL_ENTRIES
+from kvquant.packed_kv import PackedKV
 from kvquant.packing import unpack
 from kvquant.ragged import cumulative_lengths
 from kvquant.spec import QuantSpec

@@ -8,8 +8,9 @@ import itertools
 import pytest
 import torch
 
-from kvquant.batched_quant import BatchedKVQuantizer, method_class
+from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.errors import NonFiniteActivations
+from kvquant.methods import method_class
 from kvquant.methods.hadamard import hadamard
 from kvquant.models import quantized_kv_cache, record_keys_and_values
 from kvquant.spec import METHODS, QuantSpec
@@ -246,17 +247,22 @@ def test_optimal_clipping_lowers_the_error_of_a_uniform_grid() -> None:
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_outliers_of_the_whole_layer_are_as_many() -> None:
+def test_outliers_of_a_head_or_of_the_whole_layer_are_as_many() -> None:
     keys, values = activations(3000)
-    keys[:, 0, :4] = keys[:, 0, :4] ** 3  # channels with heavy tails
-    fractions = {}
-    for rule in ("channel", "layer"):
+    keys[:, 0] = keys[:, 0] ** 3  # a head with heavy tails
+    fractions, of_heads = {}, {}
+    for rule in ("channel", "head", "layer"):
         spec = spec_of("nuq", bits=2, outlier_fraction=0.02, key_outliers=rule)
         packed = BatchedKVQuantizer.calibrate(spec, keys, values).quantize(
             keys, values, torch.tensor([0, 3000]), spill_headroom=9
         )
         fractions[rule] = packed.key_outlier_fraction
+        counts = packed.pool.tensors["key_outlier_count"].sum((0, 1)).tolist()
+        of_heads[rule] = counts[0] / counts[1]
     assert fractions["layer"] == pytest.approx(fractions["channel"], rel=0.1)
+    assert fractions["head"] == pytest.approx(fractions["channel"], rel=0.1)
+    # The tails of one head take outliers from the other only where they share them.
+    assert of_heads["head"] == pytest.approx(1, rel=0.1) and of_heads["layer"] > 1.2
 
 
 def test_sinks_are_predicted_where_the_key_norm_stands_out() -> None:

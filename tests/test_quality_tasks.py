@@ -132,7 +132,10 @@ def test_draws_of_calibration_text_are_averaged_and_their_spread_is_said(run) ->
             r"task.variants\[1\]: quant.recent_tokens",
         ),
         (["nuq"], "must be a mapping"),
-        ([{"option": "nuq", "bits": [2, 3], "label": "mine"}], "must have a label of its own, got mine a second"),
+        (
+            [{"option": "nuq", "bits": [2, 3], "label": "mine"}],
+            "must have a label of its own, got mine a second",
+        ),
     ],
 )
 def test_a_wrong_row_is_one_line(rows: list, message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from kvquant import nuq
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
+from kvquant.fitting import CalibrationTokens, fit_constants, key_noise
 from kvquant.kernels import (
     ERROR_KEY_NOT_FINITE,
     ERROR_VALUE_NOT_FINITE,
@@ -22,41 +22,12 @@ from kvquant.kernels import (
     get_backend,
     run_argument,
 )
+from kvquant.methods import method_class
+from kvquant.not_finite import flag_not_finite
+from kvquant.packed_kv import PackedKV
 from kvquant.ragged import RaggedStep, cumulative_lengths, lengths_from_cu_seqlens
 from kvquant.sinks import sinks_of_layer
-from kvquant.spec import METHODS, QuantSpec
-
-
-@dataclasses.dataclass
-class PackedKV:
-    """A ragged batch of one layer in packed form: an exactly sized pool and the rows of its sequences."""
-
-    pool: BlockPool
-    rows: list[int]
-    lengths: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: codes, ranges, outliers, sinks, tables and the slack of half-filled blocks and chunks."""
-        return self.pool.bytes_held
-
-    @property
-    def effective_bits(self) -> float:
-        """8 * bytes held / elements of K and V."""
-        layout = self.pool.layout
-        return 8 * self.nbytes / (2 * sum(self.lengths) * layout.num_kv_heads * layout.head_dim)
-
-    @property
-    def key_outlier_fraction(self) -> float:
-        """Fraction of key elements that were kept exactly."""
-        if not self.pool.layout.chains_outliers:
-            return 0.0
-        kept = sum(
-            int(self.pool.tensors["key_outlier_count"][:, block].sum())
-            for row in self.rows
-            for block in self.pool.blocks_of(row)
-        )
-        return kept / (sum(self.lengths) * self.pool.layout.num_kv_heads * self.pool.layout.head_dim)
+from kvquant.spec import QuantSpec
 
 
 class BatchedKVQuantizer:
@@ -95,6 +66,12 @@ class BatchedKVQuantizer:
             )
         self.spec, self.num_kv_heads, self.head_dim, self.constants = spec, num_kv_heads, head_dim, constants
         self.key_noise: Tensor | None = None
+
+    @property
+    def fitted(self) -> LayerConstants:
+        """What calibration fixed, of a method that quantizes."""
+        assert self.constants is not None
+        return self.constants
 
     @classmethod
     def uncalibrated(cls, spec: QuantSpec, num_kv_heads: int, head_dim: int) -> BatchedKVQuantizer:
@@ -162,84 +139,22 @@ class BatchedKVQuantizer:
                 f"keys and values must have one shape, got {list(keys.shape)} and {list(values.shape)}"
             )
         spec = dataclasses.replace(spec, sink_tokens=sinks_of_layer(spec, keys, positions, attention_mass))
+        if not cls.calibrated:
+            return cls.uncalibrated(spec, *keys.shape[1:])
+        tokens = CalibrationTokens(keys, values, key_fisher, value_fisher)
         if positions is not None and spec.sink_tokens:
-            kept = positions >= spec.sink_tokens
-            keys, values = keys[kept], values[kept]
-            key_fisher, value_fisher = (None if p is None else p[kept] for p in (key_fisher, value_fisher))
-        return cls.fit(spec, keys, values, key_fisher, value_fisher)
+            tokens = tokens.chosen(positions >= spec.sink_tokens)
+        return cls.fit(spec, tokens)
 
     @classmethod
-    def fit(
-        cls,
-        spec: QuantSpec,
-        keys: Tensor,
-        values: Tensor,
-        key_fisher: Tensor | None,
-        value_fisher: Tensor | None,
-    ) -> BatchedKVQuantizer:
+    def fit(cls, spec: QuantSpec, tokens: CalibrationTokens) -> BatchedKVQuantizer:
         """:meth:`calibrate` once shapes are checked and sink tokens are left out; what a method overrides."""
-        _, H, D = keys.shape
-        C = H * D
-        parts = [keys, values, key_fisher, value_fisher]
-        k, v, kf, vf = (None if p is None else p.reshape(-1, C) for p in parts)
-        assert k is not None and v is not None
-        if spec.fisher_weight == "none":
-            kf = vf = None
-        scale2 = spec.fisher_weight == "fisher_scale2"
-
-        lower, upper = key_thresholds(spec, k)
-        zero, scale = nuq.zero_and_scale(lower, upper)
-        group = spec.value_group_channels(C)
-        per_end = nuq.value_outlier_count(spec.value_outliers, group)
-        rows = v.reshape(-1, group)
-        row_weights = None if vf is None else vf.reshape(-1, group)
-        assert spec.key_bits is not None and spec.value_bits is not None  # set by QuantSpec itself
-        key_codebook, key_centroids = cls._codebooks(
-            spec, spec.key_bits, lambda: nuq.key_histogram(k, lower, upper, kf, times_scale2=scale2)
-        )
-        value_codebook, value_centroids = cls._codebooks(
-            spec,
-            spec.value_bits,
-            lambda: nuq.value_histogram(rows, per_end, row_weights, times_scale2=scale2),
-        )
-        if spec.outlier_fraction == 0:
-            # Nothing is an outlier: keys beyond the calibrated range clamp to the end centroids.
-            lower, upper = torch.full_like(lower, -torch.inf), torch.full_like(upper, torch.inf)
-        constants = LayerConstants(
-            key_lower=lower.view(H, D),
-            key_upper=upper.view(H, D),
-            key_zero=zero.view(H, D),
-            key_scale=scale.view(H, D),
-            key_midpoints=nuq.midpoints(key_codebook),
-            key_centroids=key_centroids,
-            value_midpoints=nuq.midpoints(value_codebook),
-            value_centroids=value_centroids,
-        )
+        constants = fit_constants(spec, tokens, cls.codebook)
+        _, H, D = tokens.keys.shape
         quantizer = cls(spec, H, D, constants)
         if spec.logit_bias:
-            codes = nuq.encode(k, zero, scale, constants.key_midpoints)
-            error = nuq.decode(codes, zero, scale, constants.key_centroids) - k.float()
-            inlier = (k >= lower) & (k <= upper)
-            quantizer.key_noise = error.square().masked_fill_(~inlier, 0.0).mean(0).view(H, D)
+            quantizer.key_noise = key_noise(tokens.keys, constants)
         return quantizer
-
-    @classmethod
-    def _codebooks(
-        cls, spec: QuantSpec, bits: int, histogram: Callable[[], nuq.WeightedHistogram]
-    ) -> tuple[Tensor, Tensor]:
-        """Return the codebook that decides codes, and the centroids that codes decode to (Q-Norm applied)."""
-        counted: list[nuq.WeightedHistogram] = []
-
-        def count() -> nuq.WeightedHistogram:
-            if not counted:
-                counted.append(histogram())
-            return counted[0]
-
-        codebook = cls.codebook(spec, bits, count)
-        if not spec.qnorm:
-            return codebook, codebook
-        gain, offset = nuq.qnorm_affine(count(), codebook)
-        return codebook, codebook * gain + offset
 
     @classmethod
     def exact(cls, num_kv_heads: int, head_dim: int) -> BatchedKVQuantizer:
@@ -310,7 +225,7 @@ class BatchedKVQuantizer:
                 (values, store.values, ERROR_VALUE_NOT_FINITE),
             ):
                 kernels.write_exact(x, side, *slots)
-                _flag_not_finite(x, kind, store.error)
+                flag_not_finite(x, kind, store.error)
             return
         skip = self.write_sinks(keys, values, store, step)
         args = (self.constants, *slots, skip, store.error)
@@ -350,14 +265,12 @@ class BatchedKVQuantizer:
         self, store: LayerStore, *, backend: str = "auto"
     ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Return ``read(block_ids [S, P]) -> (keys, values)``, dequantized fp32 tiles [S, H, P*BS, D] each."""
-        assert self.spec.key_bits is not None and self.spec.value_bits is not None  # set by QuantSpec itself
         return StoredLayer(
             get_backend(backend, store.error.device.type),
             store.keys,
             store.values,
             self.constants,
-            self.spec.key_bits,
-            self.spec.value_bits,
+            *self.spec.widths,
             self.head_dim,
         )
 
@@ -428,44 +341,3 @@ class BatchedKVQuantizer:
                 count = min(sink.shape[1], n)
                 out[start : start + count] = sink[row, :count]
         return keys, values
-
-
-def method_class(name: str) -> type[BatchedKVQuantizer]:
-    """Return the class of a method: ``Method`` in ``kvquant/methods/<name>.py``.
-
-    Raises:
-        ValueError: there is no such file; names those there are.
-    """
-    if name not in METHODS:
-        raise ValueError(f"quant.method must be one of {', '.join(METHODS)}, got {name!r}; try nuq")
-    found: type[BatchedKVQuantizer] = importlib.import_module(f"kvquant.methods.{name}").Method
-    return found
-
-
-def key_thresholds(spec: QuantSpec, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower and upper outlier thresholds of each key channel, fp32 [C] each.
-
-    Args:
-        spec: ``outlier_fraction`` of each channel's elements, or of the layer's (``key_outliers``).
-        keys: calibration tokens, [T, C].
-    """
-    if spec.key_outliers == "channel" or spec.outlier_fraction == 0:
-        return nuq.channel_thresholds(keys, spec.outlier_fraction)
-    x = keys.float()
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-12)
-    # The share f of all elements that lies furthest from its channel's mean, in the channel's own units.
-    distance = (x - mean).abs().div_(std).flatten()
-    count = max(1, round(spec.outlier_fraction * distance.numel()))
-    limit = distance.topk(count).values[-1]
-    lower, upper = mean - limit * std, mean + limit * std
-    # A range must not reach beyond what its channel holds: codes would be spent on nothing.
-    return torch.maximum(lower, x.amin(0)), torch.minimum(upper, x.amax(0))
-
-
-def _flag_not_finite(x: Tensor, kind: int, error: Tensor) -> None:
-    """Note the first channel of [T, H, D] with NaN or infinity in an error word, without asking the device."""
-    # One pass; in fp32, because many finite fp16 numbers may add up to infinity.
-    bad = ~torch.isfinite(x.flatten(1).sum(dim=0, dtype=torch.float32))
-    channel = bad.to(torch.uint8).argmax()
-    found = torch.stack([torch.full_like(channel, kind), channel])
-    error.copy_(torch.where(bad.any() & (error[0] == 0), found, error))

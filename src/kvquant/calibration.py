@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvquant.batched_quant import BatchedKVQuantizer, method_class
+from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.errors import CalibrationError
+from kvquant.methods import method_class
 from kvquant.models import ModelShape, model_shape, record_keys_and_values
 from kvquant.models.attention_mass import attention_mass
 from kvquant.spec import QuantSpec

@@ -105,6 +105,12 @@ class QuantSpec:
         return self.method == "none"
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Bits of a key's code and of a value's, in force."""
+        assert self.key_bits is not None and self.value_bits is not None  # set above
+        return self.key_bits, self.value_bits
+
+    @property
     def value_outliers(self) -> float:
         """The outlier fraction in force for values."""
         return self.outlier_fraction if self.value_outlier_fraction is None else self.value_outlier_fraction

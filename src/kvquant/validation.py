@@ -72,7 +72,7 @@ def _check_quant(quant: Any, backend: str) -> None:
         spec = QuantSpec(**quant)
         # The default methods have nothing further to check, and theirs are the runs that must start at once.
         if spec.method not in (*NUQ_FAMILY, "none") or spec.options:
-            from kvquant.batched_quant import method_class
+            from kvquant.methods import method_class
 
             method = method_class(spec.method)
             method.check(spec)

@@ -1,4 +1,4 @@
-"""What methods with tensors of their own have in common: constants without key ranges, views, the error word."""
+"""What methods with tensors of their own have in common: constants without key ranges, and views."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvquant import nuq
 from kvquant.block_layout import MethodLayout, Shapes
-from kvquant.kernels import ERROR_KEY_NOT_FINITE, LayerConstants, LayerStore, MethodStore, ValueStore
+from kvquant.kernels import LayerConstants, LayerStore, MethodStore, ValueStore
 
 Reader: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]  # block ids [S, P] -> tiles [S, H, P*BS, D]
 
@@ -52,11 +52,3 @@ def value_store(tensors: dict[str, Tensor]) -> ValueStore:
         outlier_value=tensors["value_outlier_value"],
         outlier_end=tensors["value_outlier_end"],
     )
-
-
-def flag_not_finite(x: Tensor, error: Tensor, kind: int = ERROR_KEY_NOT_FINITE) -> None:
-    """Record the first channel with NaN or infinity in [T, H, D] in the error word, without waiting."""
-    bad = ~torch.isfinite(x.float().sum(0).flatten())
-    channel = bad.to(torch.uint8).argmax()
-    record = torch.stack([torch.full_like(channel, kind), channel]).to(error.dtype)
-    error.copy_(torch.where(bad.any() & (error[0] == 0), record, error))

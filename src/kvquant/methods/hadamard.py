@@ -16,9 +16,11 @@ from torch import Tensor
 from kvquant import nuq
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import MethodLayout, side_dtype
-from kvquant.kernels import LayerStore, get_backend
+from kvquant.fitting import CalibrationTokens, fit_constants
+from kvquant.kernels import ERROR_KEY_NOT_FINITE, LayerStore, get_backend
 from kvquant.methods import _own_store as own
 from kvquant.methods.nuq import Method as Nuq
+from kvquant.not_finite import flag_not_finite
 from kvquant.packing import pack, packed_row_bytes, unpack
 from kvquant.ragged import RaggedStep
 from kvquant.spec import QuantSpec
@@ -53,31 +55,23 @@ class Method(BatchedKVQuantizer):
             raise ValueError("quant.logit_bias must be false with quant=hadamard, got true; try quant=nuq")
 
     @classmethod
-    def fit(
-        cls,
-        spec: QuantSpec,
-        keys: Tensor,
-        values: Tensor,
-        key_fisher: Tensor | None,
-        value_fisher: Tensor | None,
-    ) -> BatchedKVQuantizer:
+    def fit(cls, spec: QuantSpec, tokens: CalibrationTokens) -> BatchedKVQuantizer:
         """Fit the key codebook to rotated keys, weighted by their head's mean Fisher information."""
+        keys, fisher = tokens.keys, tokens.key_fisher
         _, H, D = keys.shape
-        base = Nuq.fit(spec, keys, values, key_fisher, value_fisher)
-        assert base.constants is not None
-        quantizer = cls(spec, H, D, base.constants)
+        base = fit_constants(spec, tokens, Nuq.codebook)
+        quantizer = cls(spec, H, D, base)
         # Before RoPE: it turns pairs of channels, which the Hadamard matrix mixes anyway.
         x = quantizer.turn_keys(keys.float())
         scale = _scale(x)
         weight = scale.square()
-        if key_fisher is not None and spec.fisher_weight != "none":
-            weight = weight * key_fisher.float().mean(-1, keepdim=True)
+        if fisher is not None and spec.fisher_weight != "none":
+            weight = weight * fisher.float().mean(-1, keepdim=True)
         counted = nuq.WeightedHistogram()
         counted.add(x / scale, weight.expand_as(x))
-        assert spec.key_bits is not None
-        codebook = nuq.fit_codebook(counted, spec.key_bits)
-        quantizer.constants = own.constants(H, D, codebook, base.constants.value_centroids)._replace(
-            value_midpoints=base.constants.value_midpoints
+        codebook = nuq.fit_codebook(counted, spec.widths[0])
+        quantizer.constants = own.constants(H, D, codebook, base.value_centroids)._replace(
+            value_midpoints=base.value_midpoints
         )
         return quantizer
 
@@ -86,12 +80,11 @@ class Method(BatchedKVQuantizer):
     ) -> MethodLayout:
         """Codes and a scale per token and head for keys, the nuq family's tensors for values."""
         H, D = self.num_kv_heads, self.head_dim
-        assert self.spec.key_bits is not None
         layout = MethodLayout(self.spec, num_layers, H, D, dtype, block_size, spill_headroom)
         return own.with_tensors(
             layout,
             {
-                "key_codes": ((H, block_size, packed_row_bytes(D, self.spec.key_bits)), torch.uint8),
+                "key_codes": ((H, block_size, packed_row_bytes(D, self.spec.widths[0])), torch.uint8),
                 "key_scale": ((H, block_size), side_dtype(dtype)),
                 **layout.value_shapes(),
             },
@@ -114,35 +107,32 @@ class Method(BatchedKVQuantizer):
         self, keys: Tensor, values: Tensor, store: LayerStore, step: RaggedStep, *, backend: str = "auto"
     ) -> None:
         """Quantize new tokens, rotated already, into their slots."""
-        t, c = own.tensors_of(store), self.constants
-        assert c is not None and self.spec.key_bits is not None and self.spec.value_bits is not None
+        t, c = own.tensors_of(store), self.fitted
+        key_bits, value_bits = self.spec.widths
         skip = self.write_sinks(keys, values, store, step)
         slots = (step.slot_block, step.slot_offset)
-        own.flag_not_finite(keys, store.error)
+        flag_not_finite(keys, ERROR_KEY_NOT_FINITE, store.error)
         scale = _scale(keys.float())
         rows, row_scale = keys.float().flatten(0, 1), scale.flatten(0, 1)  # [T * H, D], [T * H, 1]
         codes = nuq.encode(rows, torch.zeros_like(row_scale), row_scale, c.key_midpoints).view_as(keys)
         # The best scale for these codes (least squares) is rarely the one they were chosen with.
         chosen = c.key_centroids[codes.int()]
         best = (keys * chosen).sum(-1) / chosen.square().sum(-1).clamp(min=1e-12)
-        t["key_codes"][slots[0], :, slots[1]] = pack(codes, self.spec.key_bits)
+        t["key_codes"][slots[0], :, slots[1]] = pack(codes, key_bits)
         t["key_scale"][slots[0], :, slots[1]] = best.to(t["key_scale"].dtype)
         kernels = get_backend(backend, keys.device.type)
-        kernels.write_values(
-            values, own.value_store(t), c, *slots, skip, store.error, bits=self.spec.value_bits
-        )
+        kernels.write_values(values, own.value_store(t), c, *slots, skip, store.error, bits=value_bits)
 
     def reader(self, store: LayerStore, *, backend: str = "auto") -> own.Reader:
         """Return a reader of tiles in the rotated basis."""
-        t, c = own.tensors_of(store), self.constants
-        assert c is not None and self.spec.key_bits is not None
+        t, c = own.tensors_of(store), self.fitted
         kernels = get_backend(backend, store.error.device.type)
-        bits, D = self.spec.key_bits, self.head_dim
+        (key_bits, value_bits), D = self.spec.widths, self.head_dim
 
         def read(ids: Tensor) -> tuple[Tensor, Tensor]:
-            codes = unpack(t["key_codes"][ids], bits, D)  # [S, P, H, BS, D]
+            codes = unpack(t["key_codes"][ids], key_bits, D)  # [S, P, H, BS, D]
             keys = c.key_centroids[codes.int()] * t["key_scale"][ids].float()[..., None]
-            values = kernels.read_values(own.value_store(t), c, ids, bits=self.spec.value_bits, head_dim=D)
+            values = kernels.read_values(own.value_store(t), c, ids, bits=value_bits, head_dim=D)
             return keys.transpose(1, 2).flatten(2, 3), values
 
         return read

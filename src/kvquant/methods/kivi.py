@@ -18,8 +18,9 @@ from torch import Tensor
 from kvquant import nuq
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import MethodLayout, side_dtype
-from kvquant.kernels import LayerStore, get_backend
+from kvquant.kernels import ERROR_KEY_NOT_FINITE, LayerStore, get_backend
 from kvquant.methods import _own_store as own
+from kvquant.not_finite import flag_not_finite
 from kvquant.packing import pack, packed_row_bytes, unpack
 from kvquant.ragged import RaggedStep, cumulative_lengths
 from kvquant.spec import QuantSpec
@@ -65,22 +66,8 @@ class Method(BatchedKVQuantizer):
             raise ValueError(
                 f"quant.options.group_size must divide the head dimension {head_dim}, got {group}; try {head_dim & -head_dim}"
             )
-        assert spec.key_bits is not None and spec.value_bits is not None
-        books = (nuq.uniform_codebook(bits) for bits in (spec.key_bits, spec.value_bits))
+        books = map(nuq.uniform_codebook, spec.widths)
         return cls(spec, num_kv_heads, head_dim, own.constants(num_kv_heads, head_dim, *books))
-
-    @classmethod
-    def fit(
-        cls,
-        spec: QuantSpec,
-        keys: Tensor,
-        values: Tensor,
-        key_fisher: Tensor | None,
-        value_fisher: Tensor | None,
-    ) -> BatchedKVQuantizer:
-        """Nothing is fitted."""
-        _, H, D = keys.shape
-        return cls.uncalibrated(spec, H, D)
 
     @property
     def group(self) -> int:
@@ -96,16 +83,16 @@ class Method(BatchedKVQuantizer):
             raise ValueError(
                 f"cache.block_size must be a multiple of quant.options.group_size={G}, got {block_size}; try {2 * G}"
             )
-        assert self.spec.key_bits is not None and self.spec.value_bits is not None
+        key_bits, value_bits = self.spec.widths
         layout = MethodLayout(self.spec, num_layers, H, D, dtype, block_size, spill_headroom)
         channels = H * D // G
         return own.with_tensors(
             layout,
             {
-                "key_codes": ((H, block_size, packed_row_bytes(D, self.spec.key_bits)), torch.uint8),
+                "key_codes": ((H, block_size, packed_row_bytes(D, key_bits)), torch.uint8),
                 "key_zero": ((H, block_size // G, D), side),
                 "key_scale": ((H, block_size // G, D), side),
-                "value_codes": ((H, block_size, packed_row_bytes(D, self.spec.value_bits)), torch.uint8),
+                "value_codes": ((H, block_size, packed_row_bytes(D, value_bits)), torch.uint8),
                 "value_zero": ((block_size, channels), side),
                 "value_scale": ((block_size, channels), side),
                 "value_outlier_index": ((block_size, 0), torch.int16),
@@ -123,24 +110,23 @@ class Method(BatchedKVQuantizer):
         self, keys: Tensor, values: Tensor, store: LayerStore, step: RaggedStep, *, backend: str = "auto"
     ) -> None:
         """Quantize new values, and every key group that a new token belongs to."""
-        t, c = own.tensors_of(store), self.constants
-        assert c is not None and self.spec.value_bits is not None
-        own.flag_not_finite(keys, store.error)
+        t = own.tensors_of(store)
+        flag_not_finite(keys, ERROR_KEY_NOT_FINITE, store.error)
         self._write_key_groups(keys, store, step)
         get_backend(backend, keys.device.type).write_values(
             values,
             own.value_store(t),
-            c,
+            self.fitted,
             step.slot_block,
             step.slot_offset,
             None,
             store.error,
-            bits=self.spec.value_bits,
+            bits=self.spec.widths[1],
         )
 
     def _write_key_groups(self, keys: Tensor, store: LayerStore, step: RaggedStep) -> None:
-        t, c, G, device = own.tensors_of(store), self.constants, self.group, keys.device
-        assert c is not None and self.spec.key_bits is not None
+        t, G, device = own.tensors_of(store), self.group, keys.device
+        key_bits, _ = self.spec.widths
         _, H, D = keys.shape
         BS = t["key_codes"].shape[2]
         # Every sequence begins where its open group does.
@@ -179,8 +165,10 @@ class Method(BatchedKVQuantizer):
         zero, scale = (y.to(side) for y in nuq.zero_and_scale(low, high))
         # Every element has a range of its own group and channel: normalized, one set of boundaries serves all.
         x_norm = (x - zero[group].float()) / scale[group].float().clamp(min=1e-12)
-        codes = nuq.encode(x_norm.flatten(1), x.new_zeros(()), x.new_ones(()), c.key_midpoints).view_as(x)
-        t["key_codes"][block, :, slot] = pack(codes, self.spec.key_bits)
+        codes = nuq.encode(
+            x_norm.flatten(1), x.new_zeros(()), x.new_ones(()), self.fitted.key_midpoints
+        ).view_as(x)
+        t["key_codes"][block, :, slot] = pack(codes, key_bits)
         heads = position % G == 0  # one token of each group says where its range goes
         at = (block[heads], slice(None), torch.div(slot[heads], G, rounding_mode="floor"))
         t["key_zero"][at] = zero[group[heads]]
@@ -188,28 +176,26 @@ class Method(BatchedKVQuantizer):
 
     def _read_slots(self, store: LayerStore, block: Tensor, slot: Tensor) -> Tensor:
         """Dequantized keys of single slots, [n, H, D] fp32."""
-        t, c = own.tensors_of(store), self.constants
-        assert c is not None and self.spec.key_bits is not None
-        codes = unpack(t["key_codes"][block, :, slot], self.spec.key_bits, self.head_dim)
+        t = own.tensors_of(store)
+        codes = unpack(t["key_codes"][block, :, slot], self.spec.widths[0], self.head_dim)
         group = torch.div(slot, self.group, rounding_mode="floor")
         return nuq.decode(
-            codes, t["key_zero"][block, :, group], t["key_scale"][block, :, group], c.key_centroids
+            codes, t["key_zero"][block, :, group], t["key_scale"][block, :, group], self.fitted.key_centroids
         )
 
     def reader(self, store: LayerStore, *, backend: str = "auto") -> own.Reader:
         """Return a reader of tiles rotated to their positions."""
-        t, c = own.tensors_of(store), self.constants
-        assert c is not None and self.spec.key_bits is not None
+        t, c = own.tensors_of(store), self.fitted
         kernels = get_backend(backend, store.error.device.type)
-        bits, D, G = self.spec.key_bits, self.head_dim, self.group
+        (key_bits, value_bits), D, G = self.spec.widths, self.head_dim, self.group
 
         def read(ids: Tensor) -> tuple[Tensor, Tensor]:
-            codes = unpack(t["key_codes"][ids], bits, D)  # [S, P, H, BS, D]
+            codes = unpack(t["key_codes"][ids], key_bits, D)  # [S, P, H, BS, D]
             numbers = c.key_centroids[codes.int()].unflatten(3, (-1, G))
             keys = (
                 numbers * t["key_scale"][ids].float()[..., None, :] + t["key_zero"][ids].float()[..., None, :]
             )
-            values = kernels.read_values(own.value_store(t), c, ids, bits=self.spec.value_bits, head_dim=D)
+            values = kernels.read_values(own.value_store(t), c, ids, bits=value_bits, head_dim=D)
             return keys.flatten(3, 4).transpose(1, 2).flatten(2, 3), values
 
         return read

@@ -15,9 +15,11 @@ from torch import Tensor
 from kvquant import nuq
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import MethodLayout, side_dtype
-from kvquant.kernels import ERROR_VALUE_NOT_FINITE, LayerStore
+from kvquant.fitting import CalibrationTokens
+from kvquant.kernels import ERROR_KEY_NOT_FINITE, ERROR_VALUE_NOT_FINITE, LayerStore
 from kvquant.methods import _own_store as own
 from kvquant.methods.nuq import Method as Nuq
+from kvquant.not_finite import flag_not_finite
 from kvquant.packing import pack, packed_row_bytes, unpack
 from kvquant.ragged import RaggedStep
 from kvquant.spec import QuantSpec
@@ -49,25 +51,18 @@ class Method(Nuq):
             raise ValueError("quant.logit_bias must be false with quant=nuq_int8, got true; try quant=nuq")
 
     @classmethod
-    def fit(
-        cls,
-        spec: QuantSpec,
-        keys: Tensor,
-        values: Tensor,
-        key_fisher: Tensor | None,
-        value_fisher: Tensor | None,
-    ) -> BatchedKVQuantizer:
+    def fit(cls, spec: QuantSpec, tokens: CalibrationTokens) -> BatchedKVQuantizer:
         """Fit nuq, then see how far its outliers lie."""
-        fitted = super().fit(spec, keys, values, key_fisher, value_fisher)
-        assert isinstance(fitted, cls) and fitted.constants is not None
-        c = fitted.constants
-        x = (keys.float() - c.key_zero) / c.key_scale.clamp(min=1e-12)
-        rows, per_end = fitted._value_rows(values)
+        quantizer = super().fit(spec, tokens)
+        assert isinstance(quantizer, cls)
+        c = quantizer.fitted
+        x = (tokens.keys.float() - c.key_zero) / c.key_scale.clamp(min=1e-12)
+        rows, per_end = quantizer._value_rows(tokens.values)
         _, zero, scale = _ranges(rows, per_end)
         y = (rows - zero) / scale.clamp(min=1e-12)
         # The last tenth of a percent may clamp: it would cost all others their resolution.
-        fitted.reach = torch.stack([_high(x), _high(y)])
-        return fitted
+        quantizer.reach = torch.stack([_high(x), _high(y)])
+        return quantizer
 
     def state(self) -> dict[str, Tensor]:
         """nuq's, and the reach."""
@@ -110,16 +105,16 @@ class Method(Nuq):
                 f"quant.value_groups must leave groups of at most {_MOST_CHANNELS} channels with quant=nuq_int8, got "
                 f"{group}; try quant.value_groups={groups}"
             )
-        assert self.spec.key_bits is not None and self.spec.value_bits is not None
+        key_bits, value_bits = self.spec.widths
         keys = H * D // self.key_group * self.key_outliers
         values = 2 * nuq.value_outlier_count(self.spec.value_outliers, group) * VG
         return own.with_tensors(
             MethodLayout(self.spec, num_layers, H, D, dtype, block_size, spill_headroom),
             {
-                "key_codes": ((H, BS, packed_row_bytes(D, self.spec.key_bits)), torch.uint8),
+                "key_codes": ((H, BS, packed_row_bytes(D, key_bits)), torch.uint8),
                 "key_outlier_index": ((BS, keys), torch.uint8),
                 "key_outlier_value": ((BS, keys), torch.int8),
-                "value_codes": ((H, BS, packed_row_bytes(D, self.spec.value_bits)), torch.uint8),
+                "value_codes": ((H, BS, packed_row_bytes(D, value_bits)), torch.uint8),
                 "value_zero": ((BS, VG), side),
                 "value_scale": ((BS, VG), side),
                 "value_outlier_index": ((BS, values), torch.uint8),
@@ -136,16 +131,16 @@ class Method(Nuq):
         self, keys: Tensor, values: Tensor, store: LayerStore, step: RaggedStep, *, backend: str = "auto"
     ) -> None:
         """Quantize new tokens into their slots."""
-        t, c = own.tensors_of(store), self.constants
-        assert c is not None and self.spec.key_bits is not None and self.spec.value_bits is not None
+        t, c = own.tensors_of(store), self.fitted
+        key_bits, value_bits = self.spec.widths
         T, H, D = keys.shape
         block, slot = step.slot_block, step.slot_offset
         self.write_sinks(keys, values, store, step)
-        own.flag_not_finite(keys, store.error)
-        own.flag_not_finite(values, store.error, kind=ERROR_VALUE_NOT_FINITE)
+        flag_not_finite(keys, ERROR_KEY_NOT_FINITE, store.error)
+        flag_not_finite(values, ERROR_VALUE_NOT_FINITE, store.error)
 
         codes = nuq.encode(keys, c.key_zero, c.key_scale, c.key_midpoints)
-        t["key_codes"][block, :, slot] = pack(codes, self.spec.key_bits)
+        t["key_codes"][block, :, slot] = pack(codes, key_bits)
         x = ((keys.float() - c.key_zero) / c.key_scale.clamp(min=1e-12)).reshape(T, -1, self.key_group)
         index = x.abs().topk(self.key_outliers, dim=-1).indices
         t["key_outlier_index"][block, slot] = index.reshape(T, -1).to(torch.uint8)
@@ -156,7 +151,7 @@ class Method(Nuq):
         side = t["value_zero"].dtype
         zero, scale = zero.to(side), scale.to(side)
         codes = nuq.encode(rows, zero, scale, c.value_midpoints).view(T, H, D)
-        t["value_codes"][block, :, slot] = pack(codes, self.spec.value_bits)
+        t["value_codes"][block, :, slot] = pack(codes, value_bits)
         t["value_zero"][block, slot], t["value_scale"][block, slot] = zero.view(T, -1), scale.view(T, -1)
         y = (rows.gather(1, chosen) - zero.float()) / scale.float().clamp(min=1e-12)
         t["value_outlier_index"][block, slot] = chosen.view(T, -1).to(torch.uint8)
@@ -167,10 +162,9 @@ class Method(Nuq):
 
     def reader(self, store: LayerStore, *, backend: str = "auto") -> own.Reader:
         """Return a reader of pre-RoPE keys and values."""
-        t, c = own.tensors_of(store), self.constants
-        assert c is not None and self.spec.key_bits is not None and self.spec.value_bits is not None
+        t, c = own.tensors_of(store), self.fitted
         H, D, VG = self.num_kv_heads, self.head_dim, self.spec.value_groups
-        key_bits, value_bits = self.spec.key_bits, self.spec.value_bits
+        key_bits, value_bits = self.spec.widths
 
         def numbers(kind: str, bits: int, centroids: Tensor, group: int, side: int, ids: Tensor) -> Tensor:
             """Normalized numbers with their outliers, [S, P*BS, groups, channels]."""

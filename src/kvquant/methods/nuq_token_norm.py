@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout, side_dtype
+from kvquant.fitting import CalibrationTokens
 from kvquant.kernels import LayerStore
 from kvquant.methods._own_store import Reader
 from kvquant.methods.nuq import Method as Nuq
@@ -33,18 +34,11 @@ class Method(Nuq):
             )
 
     @classmethod
-    def fit(
-        cls,
-        spec: QuantSpec,
-        keys: Tensor,
-        values: Tensor,
-        key_fisher: Tensor | None,
-        value_fisher: Tensor | None,
-    ) -> BatchedKVQuantizer:
+    def fit(cls, spec: QuantSpec, tokens: CalibrationTokens) -> BatchedKVQuantizer:
         """Fit nuq to normalized keys; their gradient grows by what they were divided by."""
-        norm = _norm(keys)
-        fisher = None if key_fisher is None else key_fisher.float() * norm.square()
-        return super().fit(spec, keys.float() / norm, values, fisher, value_fisher)
+        norm, fisher = _norm(tokens.keys), tokens.key_fisher
+        fisher = None if fisher is None else fisher.float() * norm.square()
+        return super().fit(spec, tokens._replace(keys=tokens.keys.float() / norm, key_fisher=fisher))
 
     def layout(
         self, num_layers: int, dtype: torch.dtype, block_size: int, spill_headroom: float

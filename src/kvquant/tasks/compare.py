@@ -110,7 +110,7 @@ class _Row:
 
 
 def _is_calibrated(spec: QuantSpec) -> bool:
-    from kvquant.batched_quant import method_class
+    from kvquant.methods import method_class
 
     return method_class(spec.method).calibrated
 

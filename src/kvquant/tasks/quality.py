@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant.batched_quant import method_class
 from kvquant.calibration import Calibration
 from kvquant.errors import DataError
 from kvquant.measure import compare_logits
+from kvquant.methods import method_class
 from kvquant.models import quantized_kv_cache
 from kvquant.tasks.setup import Workbench
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant.batched_quant import method_class
 from kvquant.calibration import Calibration, exact_calibration
 from kvquant.errors import ConfigError, DataError
 from kvquant.items import ItemStore, short_hash
+from kvquant.methods import method_class
 from kvquant.models import quantized_kv_cache
 from kvquant.statistics import holm, mean_interval, share_interval, sign_test
 from kvquant.tasks.setup import Workbench, progress

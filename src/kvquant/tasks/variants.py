@@ -9,9 +9,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from kvquant.batched_quant import method_class
 from kvquant.cli import conf_dir
 from kvquant.errors import ConfigError
+from kvquant.methods import method_class
 from kvquant.spec import QuantSpec
 
 
