@@ -267,6 +267,15 @@ def test_results_pages_are_made_of_what_is_kept(tmp_path: Path) -> None:
     [
         ({}, "pareto"),
         ({"provenance": {"overrides": ["paper=quantize"], "device": "a CPU"}}, "quantize"),
+        (
+            {
+                "provenance": {
+                    "overrides": ["data.calibration_tokens=2048", "experiment=pareto"],
+                    "device": "a CPU",
+                }
+            },
+            "pareto_2048",
+        ),
         ({"task": "perplexity", "provenance": {"overrides": []}}, "perplexity_3bit"),
         ({"task": "kernels", "provenance": {"device": "NVIDIA H100 80GB HBM3"}}, "kernels_h100"),
         (

@@ -57,12 +57,17 @@ def main(folders: Sequence[str], root: Path) -> None:
 def name_of(result: Result) -> str:
     """Return what a run is kept as: its preset, or its task with what tells it from others; a GPU's name behind it.
 
+    A preset that sweeps makes several runs: what a point sets in the groups of quantizer, cache and text is named, too.
+
     Args:
         result: as loaded.
     """
     overrides = result["provenance"].get("overrides") or []
     preset = next((o.partition("=")[2] for o in overrides if re.match(r"(experiment|paper)=\w+$", o)), None)
     name = preset or str(result["task"])
+    if preset is not None:
+        points = (re.fullmatch(r"(?:quant|cache|data)\.\w+=([\w.]+)", o) for o in overrides)
+        name = "_".join([name, *(point.group(1) for point in points if point)])
     if preset is None and name == "perplexity":
         name += f"_{result['config']['quant']['bits']}bit"
     if preset is None and name == "energy":
