@@ -70,10 +70,11 @@ def test_every_command_composes_and_passes_every_check(command: str, monkeypatch
 
 
 @pytest.mark.parametrize("command", sorted(REFUSED))
-def test_a_slip_is_answered_as_shown(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = cli.main(lambda: pytest.fail("nothing may start"), arguments(command))
-    said = capsys.readouterr().err.strip()
-    assert code == 2 and f"$ {command}\n{said}\n" in README
+def test_a_slip_is_answered_as_shown(command: str, tmp_path: Path) -> None:
+    call = [sys.executable, ROOT / "src" / "run.py", *arguments(command)]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and f"$ {command}\n{done.stderr.strip()}\n" in README
+    assert not list(tmp_path.rglob("result.json"))
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--cfg", "job"]], ids=" ".join)
