@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +17,8 @@ from kvquant.errors import MeterError, MeterUnavailable
 
 # Counters that change faster need no waiting for their tick: an edge's own reading is exact enough.
 FAST_TICK_S = 0.005
+# So many ticks in a row are watched to learn how long one is.
+TICKS_SEEN = 3
 # Power that nobody looked at for longer is not integrated.
 MAX_POWER_GAP_S = 0.5
 
@@ -96,9 +100,8 @@ class ThreadSampler:
         try:
             ticked = self._wait_for_tick(sample)
             if ticked and self.seen_tick_s is None:
-                # Once: polled as densely as here, two changes in a row say how long a tick really is.
-                following = self._wait_for_tick(ticked)
-                self.seen_tick_s = following.time_s - ticked.time_s if following else None
+                # Once: polled as densely as here, changes in a row say how long a tick really is.
+                self.seen_tick_s = self._ticks_in_a_row(ticked)
         except BaseException:
             self._leave()
             raise
@@ -119,6 +122,17 @@ class ThreadSampler:
         if self._error is not None:
             raise MeterUnavailable(f"the meter must go on answering, got {self._error}; measure again")
         return samples
+
+    def _ticks_in_a_row(self, ticked: Sample) -> float | None:
+        """Median seconds between the next changes, since a busy host may see one of them late; None without any."""
+        times = [ticked.time_s]
+        while len(times) <= TICKS_SEEN:
+            following = self._wait_for_tick(ticked)
+            if following is None:
+                break
+            ticked = following
+            times.append(ticked.time_s)
+        return statistics.median(b - a for a, b in itertools.pairwise(times)) if len(times) > 1 else None
 
     def _leave(self) -> list[Sample]:
         """Close the innermost window; the thread goes with the last one. Returns the window's samples."""
