@@ -115,7 +115,9 @@ def _check_kernel(cfg: Any) -> None:
     reason = "must run on an NVIDIA GPU, got device=cpu" if cfg.device == "cpu" else None
     reason = reason or spec_refusal(QuantSpec(**cfg.quant), cfg.cache.block_size)
     others = (
-        set(cfg.task.get("bits") or []) - set(TRITON_BITS) if cfg.task.name in ("kernels", "energy") else ()
+        set(cfg.task.get("bits") or []) - set(TRITON_BITS)
+        if cfg.task.name in ("kernels", "largest_batch", "energy")
+        else ()
     )
     if reason is None and others:
         reason = (
@@ -217,9 +219,9 @@ def _check_task(cfg: Any) -> None:
     tasks[cfg.task.name].check(cfg.task)
     if cfg.task.name == "quantize" and cfg.quant.method == "none":
         raise ConfigError("quant.method must quantize with task=quantize, got none; try quant=nuq")
-    if cfg.task.name == "kernels" and cfg.quant.method not in NUQ_FAMILY:
+    if cfg.task.name in ("kernels", "largest_batch") and cfg.quant.method not in NUQ_FAMILY:
         raise ConfigError(
-            f"quant.method must be {', '.join(NUQ_FAMILY)} with task=kernels, whose operations are theirs, got "
+            f"quant.method must be {', '.join(NUQ_FAMILY)} with task={cfg.task.name}, whose operations are theirs, got "
             f"{cfg.quant.method}; try quant=nuq"
         )
     if cfg.quant.method == "hf_quantized" and cfg.task.name not in ("perplexity", "compare"):

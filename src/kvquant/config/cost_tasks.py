@@ -150,6 +150,38 @@ class HistoryTask(TaskConfig):
 
 
 @dataclass
+class LargestBatchTask(TaskConfig):
+    """How many prompts a memory holds, by filling it: exact blocks against quantized ones."""
+
+    name: str = "largest_batch"
+    shape: str = "llama31_8b"
+    layers: int = 32
+    prompt_tokens: int = 16384
+    bits: list[int] = field(default_factory=lambda: [4, 3, 2])
+    memory_budget_gib: float | None = None
+    memory_share: float = 0.9
+    weights_gib: float = 15.0
+    dtype: str = "bfloat16"
+
+    @staticmethod
+    def check(task: Any) -> None:
+        """Shapes that exist, and some memory."""
+        known = ", ".join(SHAPES)
+        require(task.shape in SHAPES, "task.shape", f"one of {known}", task.shape, "llama31_8b")
+        for key, low, fix in (("layers", 1, "32"), ("prompt_tokens", 2, "16384")):
+            require(task[key] >= low, f"task.{key}", f"{low} or more", task[key], fix)
+        bits = list(task.bits)
+        within = bool(bits) and all(1 <= b <= 8 for b in bits) and len(set(bits)) == len(bits)
+        require(within, "task.bits", "widths from 1 to 8, once each", bits, "[4,3,2]")
+        budget, share = task.memory_budget_gib, task.memory_share
+        require(budget is None or budget > 0, "task.memory_budget_gib", "above 0, or null", budget, "null")
+        require(0 < share <= 1, "task.memory_share", "above 0 and at most 1", share, "0.9")
+        require(task.weights_gib >= 0, "task.weights_gib", "0 or more", task.weights_gib, "15")
+        dtypes = ("bfloat16", "float16", "float32")
+        require(task.dtype in dtypes, "task.dtype", f"one of {', '.join(dtypes)}", task.dtype, "bfloat16")
+
+
+@dataclass
 class EnergyTask(TaskConfig):
     """Joules per token of prefill and decode, by method, batch and length, with their uncertainty."""
 
