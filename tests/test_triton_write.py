@@ -67,8 +67,8 @@ SMALL = [
         )
     ),
     *(Case(bits=bits, calls=((3,),), block_size=8, heads=3, head_dim=16 * bits) for bits in (1, 5, 6, 7)),
-    Case(heads=1, chains=1, sinks=5),
-    Case(bits=4, calls=((1,), (1,), (70,)), heads=1, dtype="fp32", chains=1, spread=3.0),
+    Case(heads=1, calls=((31, 32, 33),), block_size=32, chains=1, sinks=5, spread=3.0),
+    Case(bits=4, calls=((1,), (1,), (34,)), block_size=32, heads=1, dtype="fp32", chains=1, spread=4.0),
     Case(calls=((1, 0, 3), (1, 2, 0), (1, 20, 1), (9, 1, 20)), block_size=16, spread=6.0, chains=3),
     Case(
         bits=2, calls=((20, 16),), block_size=16, spread=6.0, fraction=0.05, head_dim=128, chains=3, sinks=2
@@ -80,6 +80,8 @@ SMALL = [
     Case(bits=4, fraction=0.1, calls=((20,),), ties=True, dtype="fp32"),
 ]
 LARGE = [
+    Case(heads=1, chains=1, sinks=5),
+    Case(bits=4, calls=((1,), (1,), (70,)), heads=1, dtype="fp32", chains=1, spread=3.0),
     *(
         Case(
             bits=bits,

@@ -76,13 +76,15 @@ def flash_attention(
     query: Tensor, keys: Tensor, values: Tensor, segment: Segment, softmax_scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention of a segment's queries over its keys, see ``AttendSegment``."""
+    # One query of each sequence would take a path that turns query heads into queries, and the sums with them.
+    max_queries = max(2, segment.max_queries)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query,
         keys,
         values,
         segment.cu_queries,
         segment.cu_keys,
-        segment.max_queries,
+        max_queries,
         segment.max_keys,
         0.0,  # dropout
         segment.is_last,  # causal, aligned at the end
@@ -107,6 +109,8 @@ def prefill_refusal(
         return f"head_dim must be a multiple of 8 up to 256, got {D}"
     if softcap is not None:
         return "FlashAttention has no softcap here"
+    if query.is_cuda and not torch.backends.cuda.is_flash_attention_available():
+        return "this build of torch has no FlashAttention"
     return None
 
 
