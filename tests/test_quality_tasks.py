@@ -448,6 +448,8 @@ def test_the_harness_scores_a_local_task_as_a_plain_forward_pass_does(run, tmp_p
     overrides = ("task=lm_eval", "task.tasks=[local_choice]", f"task.include_path={folder}", "quant.bits=8")
     entry = run(*overrides)["metrics"]["tasks"]["local_choice"]["acc"]
     assert entry["n"] == 3 and entry["exact"] == entry["quantized"]
+    # Two answers to each of three questions, from two caches.
+    assert len(list(tmp_path.glob("items/*/*.item.json"))) == 12
     samples = json.loads((tmp_path / "items.json").read_text())["exact"]["local_choice"]
 
     import torch

@@ -1,12 +1,13 @@
 """``task=lm_eval``: any task of the lm-evaluation-harness over an exact and a quantized cache (extra ``[eval]``).
 
 The harness pads on the right and passes neither mask nor cache to a model; ours takes its requests as token lists and
-reads them as a ragged batch, so that no padding is ever stored.
+reads them as a ragged batch, so that no padding is ever stored. Every request that is answered is an item.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kvquant.calibration import Calibration, exact_calibration
 from kvquant.errors import ConfigError, DataError
+from kvquant.items import ItemStore, short_hash
 from kvquant.statistics import holm, mean_interval, sign_test
 from kvquant.tasks.quality import run_cache
 from kvquant.tasks.questions import greedy, save_json
@@ -58,7 +60,7 @@ def run(cfg: Any, context: Any) -> None:
     }.items():
         try:
             results[name] = lm_eval.simple_evaluate(
-                model=_model(bench, calibration, task.batch_size),
+                model=_model(bench, calibration, task.batch_size, name, context.items),
                 tasks=list(task.tasks),
                 task_manager=manager,
                 num_fewshot=task.num_fewshot,
@@ -79,8 +81,8 @@ def run(cfg: Any, context: Any) -> None:
     _report(cfg, context, results)
 
 
-def _model(bench: Workbench, calibration: Calibration, batch_size: int) -> Any:
-    """The harness' view of a model whose keys and values lie in blocks."""
+def _model(bench: Workbench, calibration: Calibration, batch_size: int, cache: str, items: ItemStore) -> Any:
+    """The harness' view of a model whose keys and values lie in blocks; every request that it answers is an item."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -118,11 +120,14 @@ def _model(bench: Workbench, calibration: Calibration, batch_size: int) -> Any:
             for first in range(0, len(order), batch_size):
                 batch = order[first : first + batch_size]
                 for group in _batches_of(batch, requests, bench.context):
-                    for index, result in zip(group, self._score([requests[i] for i in group]), strict=True):
-                        out[index] = result
+                    asked = [requests[i] for i in group]
+                    keys = [f"{cache}-likelihood-{short_hash(request[1:])}" for request in asked]
+                    scored = items.batch(keys, functools.partial(self._score, asked))
+                    for index, result in zip(group, scored, strict=True):
+                        out[index] = result["log_likelihood"], result["is_greedy"]
             return out
 
-        def _score(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        def _score(self, requests: list[Any]) -> list[dict[str, Any]]:
             sequences, answers = [], []
             for (_, text), context, continuation in requests:
                 if not continuation:
@@ -152,18 +157,21 @@ def _model(bench: Workbench, calibration: Calibration, batch_size: int) -> Any:
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             """Greedy continuations up to the first stop string."""
-            out = []
-            for request in requests:
-                text, settings = request.args
-                new = min(int(settings.get("max_gen_toks", 128)), bench.context // 2)
-                ids = torch.tensor(self.tok_encode(text)[-(bench.context - new) :])
-                (tokens,) = greedy(bench, calibration, [ids], new)
-                answer = tokenizer.decode(tokens)
-                until = settings.get("until") or []
-                for stop in [until] if isinstance(until, str) else until:
-                    answer = answer.split(stop)[0] if stop else answer
-                out.append(answer)
-            return out
+            by_key = {f"{cache}-text-{short_hash(request.args)}": request for request in requests}
+            finished = items.run(by_key, lambda key: self._continue(by_key[key]))
+            texts = {key: item.values["text"] for key, item in zip(by_key, finished, strict=True)}
+            return [texts[f"{cache}-text-{short_hash(request.args)}"] for request in requests]
+
+        def _continue(self, request: Any) -> dict[str, str]:
+            text, settings = request.args
+            new = min(int(settings.get("max_gen_toks", 128)), bench.context // 2)
+            ids = torch.tensor(self.tok_encode(text)[-(bench.context - new) :])
+            (tokens,) = greedy(bench, calibration, [ids], new)
+            answer = tokenizer.decode(tokens)
+            until = settings.get("until") or []
+            for stop in [until] if isinstance(until, str) else until:
+                answer = answer.split(stop)[0] if stop else answer
+            return {"text": answer}
 
     return BlockLM()
 
@@ -175,10 +183,13 @@ def _batches_of(batch: list[int], requests: Any, context: int) -> Iterable[list[
     return [batch] if shortest >= rows else [[i] for i in batch]
 
 
-def _scored(logits: Tensor, answer: Tensor) -> tuple[float, bool]:
+def _scored(logits: Tensor, answer: Tensor) -> dict[str, Any]:
     answer = answer.to(logits.device)
     picked = logits.float().log_softmax(-1).gather(1, answer[:, None])
-    return float(picked.sum()), bool((logits.argmax(-1) == answer).all())
+    return {
+        "log_likelihood": float(picked.sum()),
+        "is_greedy": bool((logits.argmax(-1) == answer).all()),
+    }
 
 
 def _report(cfg: Any, context: Any, results: dict[str, Any]) -> None:
