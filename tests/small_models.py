@@ -111,6 +111,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi3-short": lambda: phi3(CONTEXT),
 }
 
+# One layer of one head: attention over 128K tokens is a minute's work then.
+_LONG = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+
+
+def long_model() -> PreTrainedModel:
+    """A model whose context is 131,072 tokens."""
+    return model_of(LlamaConfig(**{**_SIZE, **_LONG, "max_position_embeddings": 131072}, head_dim=64))
+
 
 def small_model(name: str) -> PreTrainedModel:
     return model_of(FAMILIES[name]())

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DeepseekV3Config, PreTrainedModel, T5Config
 
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.errors import DataError, ModelError
-from kvquant.models import model_shape, quantized_kv_cache, record_keys_and_values
+from kvquant.models import load_model, model_shape, quantized_kv_cache, record_keys_and_values
 from kvquant.models.families import check_family
 from kvquant.spec import QuantSpec
 from small_models import FAMILIES, WINDOW, exact, left_padded, model_of, phi3, prompts_of, small_model
@@ -173,6 +173,7 @@ class _Config:
         ({"model_type": "jamba"}, "jamba: linear-attention"),
         ({"model_type": "other", "layer_types": ["linear_attention"]}, "other: linear-attention"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "sees later ones"),
+        ({"model_type": "cohere"}, "cohere: it rotates neighbouring channels"),
         ({"model_type": "opt"}, "opt: its attention has not been fitted"),
     ],
     ids=lambda value: value.get("model_type") if isinstance(value, dict) else None,
@@ -180,3 +181,14 @@ class _Config:
 def test_what_cannot_run_is_refused_by_name_with_the_reason(settings, reason) -> None:
     with pytest.raises(ModelError, match=reason):
         check_family(_Config(**settings))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [(T5Config(), "t5: an encoder-decoder"), (DeepseekV3Config(), "deepseek_v3: latent attention")],
+    ids=["t5", "deepseek"],
+)
+def test_a_checkpoint_is_refused_before_its_weights_are_read(config, reason, tmp_path) -> None:
+    config.save_pretrained(tmp_path)  # there are no weights
+    with pytest.raises(ModelError, match=reason):
+        load_model(tmp_path)

@@ -28,6 +28,9 @@ _REASONS = {
     **dict.fromkeys(["deepseek_v2", "deepseek_v3", "minicpm3", "glm4_moe_lite", "longcat_flash"], _LATENT),
     **dict.fromkeys(["qwen3_next", "qwen3_5", "jamba", "zamba2", "bamba", "falcon_h1", "lfm2"], _HYBRID),
     **dict.fromkeys(["mamba", "mamba2", "rwkv", "recurrent_gemma", "kimi_linear", "minimax"], _HYBRID),
+    **dict.fromkeys(
+        ["cohere", "cohere2", "glm", "glm4"], "it rotates neighbouring channels, not halves of a head"
+    ),
     "gemma3": "its image tokens attend in both directions; load the text model, Gemma3ForCausalLM",
     "gemma3n": "its last layers share the cache of earlier ones",
     "gpt_oss": "attention sinks are a learned term of its softmax",

@@ -10,7 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 import kvquant
@@ -73,9 +79,21 @@ def load_model(
         revision: as in transformers.
 
     Raises:
-        ModelError: files are missing or corrupt.
+        ModelError: files are missing or corrupt, or the family is not supported.
     """
     folder = resolve_path(path)
+    # Before any weight is read: the auto class would refuse some families with less to say, and load the others.
+    check_family(
+        _load(
+            lambda: AutoConfig.from_pretrained(
+                folder,
+                trust_remote_code=trust_remote_code,
+                revision=revision or "main",
+                local_files_only=True,
+            ),
+            f"the model in {folder}",
+        )
+    )
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     model = _load(
         lambda: AutoModelForCausalLM.from_pretrained(
