@@ -27,7 +27,9 @@ import check_log  # noqa: E402
 
 # Names that hold digits, and nothing that could be a result.
 ALLOWED = ("Llama-2-7B-32K", "A100", r"\_a100", r"CO\textsubscript{2}", "icml2026")
-REFERENCES = r"\\(?:cite[tp]?|ref|eqref|label|input|fn|generatedtable|generatedfigure|url|href)\*?\{[^}]*\}"
+REFERENCES = (
+    r"\\(?:cite[tp]?|ref|eqref|label|input|fn|setting|generatedtable|generatedfigure|url|href)\*?\{[^}]*\}"
+)
 DIMENSION = r"\d*\.?\d+\s*(?:pt|in|em|ex|cm|mm|pc|\\linewidth|\\textwidth|\\columnwidth)(?![a-z])"
 # A formula's constants: 8 bits make a byte, 100 a per cent.
 CONSTANT = r"(?<![\d.,])(?:[0128]|100)(?![\d.,]*\d|\s*\\times|\s*\\?%)"
@@ -132,7 +134,7 @@ def run_of(tmp_path: Path, task: str, metrics: dict[str, Any], config: dict[str,
         "duration_s": 1.0,
         "metrics": metrics,
         "config": config,
-        "table": {"title": "t", "columns": ["", "50% & more"], "rows": [["a_b", None]]},
+        "table": {"title": "t", "columns": ["", "50% & more"], "rows": [["a_b", None], ["p", "<0.001"]]},
         "provenance": {"git_sha": "c" * 40, "git_dirty": False, "device": "GPU_1", "overrides": ["task=x"]},
         **changes,
     }
@@ -177,9 +179,46 @@ def test_numbers_come_from_runs_with_their_origin_and_the_rest_is_listed(tmp_pat
     )
     assert r"GPU\_1; code cccccccccc" in (tmp_path / "generated" / "commands.tex").read_text()
     assert r"50\% \& more" in (tmp_path / "generated" / "table-fullmain.tex").read_text()
+    # A bare less-than sign prints as an exclamation mark upside down.
+    assert "p & $<$0.001" in (tmp_path / "generated" / "table-fullmain.tex").read_text()
     assert "notmeasured" in (tmp_path / "generated" / "table-serve.tex").read_text()
     assert (tmp_path / "generated" / "figure-pareto.pdf").read_bytes()[:4] == b"%PDF"
     assert not (tmp_path / "generated" / "figure-append.pdf").exists()
+
+
+def test_a_bench_in_several_parts_and_the_compile_table_fill_their_tables(tmp_path: Path) -> None:
+    def part(operation: str, label: str, **values: Any) -> Run:
+        row = {
+            "operation": operation,
+            "shape": "llama31_8b",
+            "label": label,
+            "bits": 3,
+            "is_trace": False,
+            **values,
+        }
+        metrics = {"rows": [{"batch": 8, "tokens": 32768, **row}], "copy_gb_per_s": 2000.0}
+        run = run_of(tmp_path, "kernels", metrics, {"task": {}})
+        run.result["provenance"]["device"] = "NVIDIA H100"
+        return Run(tmp_path / operation, run.result)
+
+    (tmp_path / "data").mkdir()
+    row = {"kernel": "_decode", "case": "a_b", "sm": 90, "registers": 128, "spills": 0}
+    (tmp_path / "data" / "compile_table.json").write_text(json.dumps({"rows": [row]}))
+    runs = [
+        part("decode", "8x32768", speedup_over_full_precision=1.75, copy_fraction=0.5),
+        part("layer_share", "1x32768", percent_of_layer=0.81),
+    ]
+    manifest = write_paper(runs, tmp_path / "generated")
+    macros = manifest["macros"]
+    assert (
+        macros["KernelDecodeThreeSpeedup"]["text"] == "1.75"
+        and macros["KernelLayerShareThree"]["text"] == "0.81"
+    )
+    assert macros["KernelDecodeThreeSpeedup"]["run"] != macros["KernelLayerShareThree"]["run"]
+    decode = (tmp_path / "generated" / "table-decode.tex").read_text()
+    assert r"\multicolumn{3}{c}{times full precision}" in decode and "& -- & 1.75 & --" in decode
+    assert (tmp_path / "generated" / "figure-decode.pdf").is_file()
+    assert r"\_decode & a\_b & 90 &" in (tmp_path / "generated" / "table-compiled.tex").read_text()
 
 
 def test_a_second_call_leaves_nothing_of_the_first(tmp_path: Path) -> None:

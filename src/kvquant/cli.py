@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,16 +51,40 @@ def conf_dir() -> Path:
     )
 
 
+# What each group decides; its options say for themselves what they are.
+GROUPS = {
+    "batch": "how many prompts, how long, how many tokens follow",
+    "cache": "block size, size of the pool, what prefill reads",
+    "data": "the text, and how much of it",
+    "experiment": "presets and their sweeps; they combine: experiment=[ablation_bits,smoke]",
+    "hydra/launcher": "where a sweep's points run",
+    "kernel": "which implementation runs",
+    "model": "the language model; all but tiny read a folder on disk",
+    "paper": "one run of the paper; experiment=paper sweeps over them",
+    "quant": "how keys and values are stored",
+    "report": "which run directories task=report reads",
+    "sweep": "resuming a sweep, submitting without waiting",
+    "task": "what a run does",
+    "tracking": "a tracker beside result.json",
+}
+HELP_INDENT = 25
+
+
 def _summary(path: Path) -> str:
+    """The first sentence of an option's leading comment."""
+    words: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and "@package" not in line:
-            return line.lstrip("# ")
-    return ""
+        if "@package" in line:
+            continue
+        if not line.startswith("#"):
+            break
+        words.append(line.lstrip("# "))
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(words), maxsplit=1)[0]
 
 
 def help_text() -> str:
     """Return the help page: usage, then every group with its options and what each is for."""
-    folder = conf_dir()
+    folder, width = conf_dir(), max(80, min(160, shutil.get_terminal_size((120, 0)).columns))
     lines = [
         "usage: python src/run.py [group=option ...] [key=value ...] [-m] [--cfg job]",
         "",
@@ -67,15 +94,23 @@ def help_text() -> str:
         "  python src/run.py --cfg job                          print the configuration, run nothing",
         "",
     ]
-    for group in sorted(path.parent for path in folder.rglob("*.yaml")):
-        header = f"{group.relative_to(folder).as_posix()}="
-        if group == folder or header in lines:
-            continue
-        lines.append(header)
-        lines += [f"  {path.stem:<22} {_summary(path)}" for path in sorted(group.glob("[!_]*.yaml"))]
+    for group in sorted({path.parent for path in folder.rglob("*.yaml")} - {folder}):
+        name = group.relative_to(folder).as_posix()
+        lines.append(f"{name}=".ljust(HELP_INDENT) + GROUPS[name])
+        for path in sorted(group.glob("[!_]*.yaml")):
+            # A name that is too long for its column stays whole; its text goes on beside it.
+            entry = f"  {path.stem:<{HELP_INDENT - 3}} {_summary(path)}"
+            lines += textwrap.wrap(
+                entry,
+                width,
+                subsequent_indent=" " * HELP_INDENT,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        lines.append("")
     lines += [
-        "",
-        'Every key of `--cfg job` can be overridden. Tab completion: eval "$(python src/run.py -sc install=bash)"',
+        "Every key of `--cfg job` can be overridden.",
+        'Tab completion: eval "$(python src/run.py -sc install=bash)"',
         f"exit codes: {EXIT_DONE} done, {EXIT_FAILED} failed or interrupted, {EXIT_USAGE} wrong usage",
     ]
     return "\n".join(lines)

@@ -23,6 +23,8 @@ from kvquant.results import FILE_NAME, load_result
 BEGIN, END = "<!-- generated: results (begin) -->", "<!-- generated: results (end) -->"
 # README shows this table and its figure; all others stand in paper/results.md.
 MAIN, MAIN_FIGURE = "main_table", "quality.png"
+# What the group paper calls presets, so that a run of either replaces the other's.
+SAME = {"ablation_allocation": "allocation", "ablation_nuq_options": "nuq_options"}
 Result = dict[str, Any]
 
 
@@ -64,7 +66,7 @@ def name_of(result: Result) -> str:
     """
     overrides = result["provenance"].get("overrides") or []
     preset = next((o.partition("=")[2] for o in overrides if re.match(r"(experiment|paper)=\w+$", o)), None)
-    name = preset or str(result["task"])
+    name = SAME.get(preset, preset) if preset else str(result["task"])
     if preset is not None:
         points = (re.fullmatch(r"(?:quant|cache|data)\.\w+=([\w.]+)", o) for o in overrides)
         name = "_".join([name, *(point.group(1) for point in points if point)])

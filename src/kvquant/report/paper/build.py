@@ -15,10 +15,12 @@ from kvquant.report.paper import tex
 from kvquant.report.paper.figures import draw_figures
 from kvquant.report.paper.macros import Filled, fill, macro_file
 from kvquant.report.paper.sources import SOURCES, choose, kernel_rows
-from kvquant.report.paper.tables import build_tables
+from kvquant.report.paper.tables import build_tables, compiled
 from kvquant.report.tables import latex_escape
 
 MANIFEST = "manifest.json"
+# Written by `python -m kvquant.bench.compile_table --json`; no run, since it needs no device.
+COMPILED = Path("data") / "compile_table.json"
 
 
 def write_paper(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
@@ -46,6 +48,10 @@ def write_paper(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
         # A file that ends in a space after \end{tabular} would widen the box it is read into.
         (fresh / f"{name}.tex").write_text(text.rstrip("\n") + "%\n", encoding="utf-8")
         tables[name] = [_origin(run) for run in shown]
+    record = folder.parent / COMPILED
+    table = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    (fresh / "table-compiled.tex").write_text(compiled(table).rstrip("\n") + "%\n", encoding="utf-8")
+    tables["table-compiled"] = [] if table is None else [{"run": os.path.relpath(record), "git_sha": None}]
     for name, shown in draw_figures(chosen, runs, measured, fresh):
         figures[name] = [_origin(run) for run in shown]
     manifest |= {"tables": tables, "figures": figures}

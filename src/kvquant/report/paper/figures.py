@@ -78,7 +78,8 @@ def _pareto(run: Run, path: Path) -> None:
         axis.set_xlabel("effective bits, all in", fontsize=8)
         axis.set_ylabel("KL from the exact cache, nats", fontsize=8)
         _finish(axis)
-        axis.legend(fontsize=5.5, frameon=False, ncols=2 if len(families) > 6 else 1)
+        # Curves fall from the upper left: this corner is free.
+        axis.legend(fontsize=5.5, frameon=False, loc="upper right")
 
 
 def _bytes(run: Run, path: Path) -> None:
@@ -184,15 +185,17 @@ def _history(run: Run, path: Path) -> None:
                 [n for n, _ in points],
                 [mib for _, mib in points],
                 "--" if by_length is dense else MARKERS[index] + "-",
-                markersize=3.5,
+                markersize=2.5 + 2 * index,
                 linewidth=1,
                 color=COLOURS["exact"] if by_length is dense else CYCLE[index],
+                # Blocks of either kind may lie on one line: the quantized ones on top, in smaller marks.
+                zorder=10 - index,
                 label=text,
             )
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xlabel("tokens of history", fontsize=8)
-        axis.set_ylabel("extra memory of a chunk, MiB", fontsize=8)
+        axis.set_ylabel("extra MiB of one chunk", fontsize=8)
         _finish(axis)
         axis.legend(fontsize=6, frameon=False)
 

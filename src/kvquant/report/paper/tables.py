@@ -69,7 +69,7 @@ def _printed(run: Run, drop: Sequence[str] = ()) -> str:
     keep = [index for index, name in enumerate(table["columns"]) if name not in drop]
 
     def cells(row: Sequence[Any]) -> list[str]:
-        return [latex_escape("" if row[i] is None else str(row[i])).replace("±", r"$\pm$") for i in keep]
+        return [tex.plain("" if row[i] is None else str(row[i])) for i in keep]
 
     return tex.tabular(cells(table["columns"]), [cells(row) for row in table["rows"]])
 
@@ -180,7 +180,7 @@ def _kernels(
             labels[case] = row["label"].replace("x", r" $\times$ ").replace("trace", "trace, ")
     if not lines:
         return tex.NOT_MEASURED
-    columns = ["", *(f"{head}, {bits} bits" for head, *_ in quantities for bits in WIDTHS)]
+    columns = ["", *(f"{bits} bits" for _ in quantities for bits in WIDTHS)]
     rows: list[list[str]] = []
     rules: list[int] = []
     shape = None
@@ -194,7 +194,9 @@ def _kernels(
             for bits in WIDTHS
         ]
         rows.append([f"{latex_escape(case[0])} {labels[case]}", *cells])
-    return tex.tabular(columns, rows, rules_before=rules)
+    return tex.tabular(
+        columns, rows, rules_before=rules, spans=[(head, len(WIDTHS)) for head, *_ in quantities]
+    )
 
 
 KERNEL_TABLES = (
@@ -217,6 +219,29 @@ KERNEL_TABLES = (
     ),
     ("layershare", "layer_share", ((r"\% of the layer", "percent_of_layer", ".2f", 1.0),)),
 )
+
+
+def compiled(data: dict[str, Any] | None) -> str:
+    """What the Triton kernels compile to: the rows of ``python -m kvquant.bench.compile_table --json``."""
+    if data is None:
+        return tex.NOT_MEASURED
+    columns = {
+        "kernel": "kernel",
+        "case": "first used by",
+        "sm": "sm",
+        "warps": "warps",
+        "registers": "registers",
+        "spills": "spills",
+        "shared_bytes": "shared, B",
+        "loads_128_bit": "wide loads",
+        "loads": "of loads",
+        "hmma": "HMMA",
+        "wgmma": "wgmma",
+    }
+    rows = [[tex.plain(str(row.get(key, ""))) for key in columns] for row in data["rows"]]
+    return tex.tabular(list(columns.values()), rows)
+
+
 Builder = Callable[[Run], str]
 # File name without .tex, source, what makes it.
 TABLES: tuple[tuple[str, str, Builder], ...] = (

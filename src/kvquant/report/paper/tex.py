@@ -31,6 +31,12 @@ def interval(value: Any, spec: str, factor: float = 1.0) -> str | None:
     return f"{ends[0]} [{ends[1]},~{ends[2]}]"
 
 
+def plain(text: str) -> str:
+    """Return text that a run printed as LaTeX; the text font has no less-than sign of its own, nor these others."""
+    signs = {"<": "$<$", ">": "$>$", "|": "$|$", "±": r"$\pm$", "\u00d7": r"$\times$"}
+    return "".join(signs.get(mark, mark) for mark in latex_escape(text))
+
+
 def code(text: str) -> str:
     """Return a command or a path in typewriter, allowed to break after punctuation."""
     broken = latex_escape(text)
@@ -44,7 +50,7 @@ def tabular(
     rows: Sequence[Sequence[str]],
     *,
     rules_before: Sequence[int] = (),
-    first: str = "l",
+    spans: Sequence[tuple[str, int]] = (),
 ) -> str:
     """Return a ``booktabs`` table of cells that are LaTeX already.
 
@@ -52,8 +58,17 @@ def tabular(
         columns: heads.
         rows: one text per column.
         rules_before: indices of rows that a thin rule precedes.
-        first: alignment of the first column; the others are on the right.
+        spans: a line above the heads: a text and how many columns it covers, from the second column on.
+
+    The first column is on the left, the others on the right.
     """
+    above, at = [], 2
+    for text, width in spans:
+        above.append(
+            (rf"& \multicolumn{{{width}}}{{c}}{{{text}}}", rf"\cmidrule(lr){{{at}-{at + width - 1}}}")
+        )
+        at += width
+    over = [" ".join(cell for cell, _ in above) + r" \\", "".join(rule for _, rule in above)] if above else []
     body = []
     for index, row in enumerate(rows):
         if index in rules_before:
@@ -61,8 +76,9 @@ def tabular(
         body.append(" & ".join(row) + r" \\")
     return "\n".join(
         [
-            rf"\begin{{tabular}}{{@{{}}{first}{'r' * (len(columns) - 1)}@{{}}}}",
+            rf"\begin{{tabular}}{{@{{}}l{'r' * (len(columns) - 1)}@{{}}}}",
             r"\toprule",
+            *over,
             " & ".join(columns) + r" \\",
             r"\midrule",
             *body,
