@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore
+from kvquant.kernels import KeyStore, LayerConstants, Rope, StoredLayer, ValueStore
 from kvquant.kernels.tiled_attention import attend_tiled
-from kvquant.kernels.triton_kernels import decode
+from kvquant.kernels.triton_kernels import decode, prepare
 from kvquant.kernels.triton_kernels.exact_decode import attend_exact_decode, exact_refusal
 from kvquant.kernels.triton_kernels.prefill import attend_prefill, prefill_refusal
 from kvquant.packing import packed_row_bytes, plane_widths
@@ -19,9 +19,9 @@ from kvquant.ragged import RaggedStep
 
 DECODE_BITS = (2, 3, 4)
 INTERPRET = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
-_PROGRAMS = 132 * 8  # enough for several programs on each multiprocessor of an H100 or A100
-# Of 1, 2 and 4 warps with 32 to 128 outliers at once, these were the fastest measured on an H100.
-_ENTRIES, _WARPS = 32, 2
+# Eight programs of 64 threads share a multiprocessor with this many registers each, which was faster on an H100 than six
+# or four with more, although some are spilled.
+_REGISTERS, _RESIDENT = 128, 8
 
 
 def attend(
@@ -108,6 +108,10 @@ def decode_refusal(
         return "it rotates whole heads"
     if layer.keys.codes.shape[1] % layer.values.zero.shape[-1]:
         return "a value group must hold whole heads"
+    if query.shape[1] > 32 * layer.keys.codes.shape[1]:
+        return (
+            f"it serves up to 32 query heads per KV head, got {query.shape[1] // layer.keys.codes.shape[1]}"
+        )
     return None
 
 
@@ -147,48 +151,102 @@ def attend_decode(
     B, Hq, D = query.shape
     keys, values, constants = layer.keys, layer.values, layer.constants
     assert isinstance(keys, KeyStore) and isinstance(values, ValueStore) and constants is not None
-    H, G, M = keys.codes.shape[1], Hq // keys.codes.shape[1], block_table.shape[1]
-    GP = max(2, triton.next_power_of_2(G))
+    H, M = keys.codes.shape[1], block_table.shape[1]
+    G = Hq // H
+    GP = max(8, triton.next_power_of_2(G))  # columns of a tensor core's product
     device, fp32 = query.device, torch.float32
-    splits = splits or max(1, min(M, -(-_PROGRAMS // (B * H)), 64))
+    splits = splits or _splits(B * H, M, device)
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    q = query.to(fp32).contiguous()
+    q = query.contiguous()
+    factor = softmax_scale if softcap is not None else softmax_scale * decode.LOG2E.value
+    KW = _plane_bytes(D, layer.key_bits)
+    rope = None if rope is None else Rope(*(t.contiguous() for t in rope))
+    prepared = _prepare(q, constants, rope, M, block_size, blocks_per_tile, factor, H, GP, KW, layer.key_bits)
     best, total = (torch.empty(B, H, splits, GP, dtype=fp32, device=device) for _ in range(2))
-    out, out2 = (torch.empty(B, H, splits, GP, D, dtype=fp32, device=device) for _ in range(2))
-    KW, VW = (_plane_bytes(D, bits) for bits in (layer.key_bits, layer.value_bits))
-    has_values_out = values.outlier_index.shape[-1] > 0
+    out = torch.empty(B, H, splits, GP, D, dtype=fp32, device=device)
+    VW = _plane_bytes(D, layer.value_bits)
     sink_tokens = 0 if sinks is None else sinks[0].shape[1]
-    cos, sin, base_cos, base_sin = (q, q, q, q) if rope is None else (t.contiguous() for t in rope)
     decode._decode_kernel[(B * H, splits)](
-        q, table, kv_lengths,
+        *prepared, *((q, q) if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
         keys.codes, keys.outlier_count, keys.outlier_index, keys.outlier_value,
-        keys.spill_head, keys.spill_next, keys.spill_index, keys.spill_value,
-        constants.key_zero, constants.key_scale, constants.key_centroids,
+        keys.spill_head, keys.spill_next, keys.spill_index, keys.spill_value, constants.key_centroids,
         values.codes, values.zero, values.scale, values.outlier_index, values.outlier_value, values.outlier_end,
         constants.value_centroids,
-        cos, sin, base_cos, base_sin,
-        best, total, out, out2,
-        float(softmax_scale), float(softcap or 1.0), window or 0, sink_tokens, table.stride(0),
-        keys.outlier_index.shape[-1], values.outlier_index.shape[-1], H, values.zero.shape[-1], blocks_per_tile,
-        G=G, GP=GP, D=D, BS=block_size,
-        KB=layer.key_bits, VB=layer.value_bits, KW=KW, VW=VW,
-        KWP=triton.next_power_of_2(KW), VWP=triton.next_power_of_2(VW),
-        K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1], KF=D // KW, VF=D // VW,
-        SPLITS=splits, EC=_ENTRIES, HAS_ROPE=rope is not None, HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None, HAS_K_OUT=keys.outlier_index.shape[-1] > 0, HAS_V_OUT=has_values_out,
-        INTERPRET=INTERPRET, num_warps=_WARPS, num_stages=2,
+        best, total, out,
+        float(softcap or 1.0), window or 0, sink_tokens, table.stride(0),
+        H, values.zero.shape[-1], splits,
+        G=G, GP=GP, D=D, BS=block_size, KB=layer.key_bits, VB=layer.value_bits,
+        KW=KW, VW=VW, K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1],
+        K_BASE=keys.outlier_index.shape[-1], V_ENTRIES=values.outlier_index.shape[-1],
+        ROTATED=rope is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+        INTERPRET=INTERPRET, num_warps=decode.WARPS, num_stages=1, maxnreg=_REGISTERS,
     )  # fmt: skip
     if sinks is not None and sink_tokens:
-        part = _attend_sinks(q, sinks, kv_lengths, rope, softmax_scale, softcap, window, H, GP)
+        part = _attend_sinks(q.float(), sinks, kv_lengths, rope, softmax_scale, softcap, window, H, GP)
         best, total, out = (torch.cat([x, y], dim=2) for x, y in zip((best, total, out), part, strict=True))
-        out2 = torch.cat([out2, torch.zeros_like(part[2])], dim=2)
         splits += 1
     merged = torch.empty_like(query, memory_format=torch.contiguous_format)
     decode._merge_kernel[(B * Hq,)](
-        best, total, out, out2, merged, splits,
-        G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), HAS_V_OUT=has_values_out, num_warps=1,
-    )  # fmt: skip
+        best, total, out, merged, splits, G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=1
+    )
     return merged
+
+
+def _splits(heads: int, columns: int, device: torch.device) -> int:
+    """Programs to share each head's blocks: a whole number of rounds on the device, or just below it.
+
+    A round's last program holds the others up, so 1.03 rounds take the time of two (measured).
+    """
+    processors = (
+        1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    )
+    places = processors * _RESIDENT
+    most = min(columns, 64)
+    filled = {n: heads * n / (places * -(-heads * n // places)) for n in range(1, most + 1)}
+    return next(n for n, share in filled.items() if share >= 0.97 * max(filled.values()))
+
+
+def _prepare(
+    query: Tensor,
+    constants: LayerConstants,
+    rope: Rope | None,
+    columns: int,
+    block_size: int,
+    blocks_per_tile: int,
+    factor: float,
+    H: int,
+    GP: int,
+    plane_bytes: int,
+    bits: int,
+) -> tuple[Tensor, ...]:
+    """The decode kernel's first eight arguments (see prepare.py): a few KiB per head and half a KiB per block."""
+    B, Hq, D = query.shape
+    BH, wide, half = B * H, torch.float32, torch.float16
+    words_per_lane, halves = -(-plane_bytes // 16), 1 if bits == 4 else 2
+    units = words_per_lane * halves
+    rows, bases = (0, 0) if rope is None else (block_size, columns)
+
+    def empty(*shape: int, dtype: torch.dtype = half) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=query.device)
+
+    prepared = (
+        empty(BH, units, GP, 4, 8),
+        empty(BH, D, GP),
+        empty(BH, units, 4, 16),
+        empty(BH, D, dtype=wide),
+        empty(BH, 2, dtype=wide),
+        empty(max(rows, 1), units, 4, 8),
+        empty(max(bases, 1), units, 4, 8),
+        empty(max(bases, 1), D, dtype=wide),
+    )
+    tables = (query,) * 4 if rope is None else tuple(rope)
+    prepare._prepare_kernel[(BH + rows + bases,)](
+        query, constants.key_zero, constants.key_scale, constants.key_centroids, *tables, *prepared,
+        BH, H, blocks_per_tile, float(factor),
+        G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), BS=block_size, W=plane_bytes,
+        CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), num_warps=4,
+    )  # fmt: skip
+    return prepared
 
 
 def _attend_sinks(

@@ -1,15 +1,21 @@
 """Decode attention straight from packed blocks: one query per sequence, split over blocks, merged by log-sum-exp.
 
-One program takes a run of blocks of one (sequence, KV head) and serves all its query heads, so that a tile of keys or
-values is decoded once. Where the time goes, per element of K or V: 1.3 to 2.9 instructions for the look-up
-(lookup.py), for keys one fp16 multiply-add of the channel's range and two for the rotation; the products run on tensor
-cores. A value's range belongs to its token and is folded into the weights. Rows of a plane are strided (byte j holds
-channels j, j + W, ...), so that every field is a tile of W neighbouring channels and RoPE partners are two such tiles:
-nothing is permuted. Outliers are added as differences to what their code 0 decodes to: to the scores (times the
-query turned back to the key's position) and to the output (times the weight), by products with 0/1 matrices, because
-Triton has no scatter.
+One program of two warps takes a run of blocks of one (sequence, KV head) and serves all its query heads, so that a tile
+of keys or values is decoded once. Tokens and channels are the rows of the products (scores of a block [BS, G], output
+[D, G]): with few query heads a tensor core's other side, eight columns, is the smaller waste.
 
-Numbers are fp16 inside, relative to the largest key and query of the head, so that bf16 ranges cannot overflow.
+Per element of K or V that is 1.3 to 3.2 instructions for the look-up and, for keys, 1.5 for the channel's range and the
+rotation (lookup.py). Nothing is left for moving decoded tiles through shared memory, so every thread decodes just what
+the tensor core wants from it: tensors here are [64 threads, registers], loaded at addresses made for that, and the
+reshapes before a product only rename them to its rows and columns. Lane 4q + r of warp w holds rows 16w + q (+ 8) of
+every 32, and columns 4r to 4r + 3 of every 16. Which channel is column k of a product is free, as long as
+keys and query agree; which is row m of the output as well, as long as the store knows.
+
+A value's range belongs to its token and is folded into the weights. Outliers are added as differences to what their
+code 0 decodes to: to the scores (times the query turned back to the key's position) and to the output (times the
+weight), by products with 0/1 matrices made in registers, because Triton has no scatter and atomics would add in any
+order. Numbers are fp16 inside, relative to the largest key and query of the head, so that bf16 ranges cannot overflow;
+what depends on neither block nor token is prepared once per call (prepare.py).
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
@@ -18,92 +24,360 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvquant.kernels.triton_kernels.lookup import fields_2, fields_3, fields_4, table_word
+from kvquant.kernels.triton_kernels.lookup import (
+    equal,
+    first_half,
+    key_words,
+    load_tables,
+    second_half,
+    value_words,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(
+    32000.0
+)  # of a difference; queries are below a half, so that fp16 holds the sum of two products
+WEIGHT_SCALE = tl.constexpr(
+    16384.0
+)  # small weights, which large outliers may have, would be subnormal in fp16
+WARPS = 2  # the tensors of 64 threads are made for it
 
 
 @triton.jit
-def _tables(centroids, BITS: tl.constexpr):
-    """Words of the look-up tables; those a width has no use for are 0."""
-    lo0 = table_word(centroids, 0, 0)
-    hi0 = table_word(centroids, 0, 8)
-    lo1 = lo0
-    lo2 = lo0
-    lo3 = lo0
-    hi1 = hi0
-    hi2 = hi0
-    hi3 = hi0
-    if BITS >= 3:
-        lo1 = table_word(centroids, 4, 0)
-        hi1 = table_word(centroids, 4, 8)
-    if BITS == 4:
-        lo2 = table_word(centroids, 8, 0)
-        hi2 = table_word(centroids, 8, 8)
-        lo3 = table_word(centroids, 12, 0)
-        hi3 = table_word(centroids, 12, 8)
-    return lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3
+def _stack(pointer, inside, LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
+    """N loads of one shape, joined in registers, [..., 2, 2, ...]: their offsets count LO once, HI, 2 HI, 4 HI.
 
-
-@triton.jit
-def _load_codes(row, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr):
-    """Bytes of a block's rows [BS, WP] and, for 3 bits, of their 1-bit plane; ``row`` points to each row [BS, 1]."""
-    col = tl.arange(0, WP)[None, :]
-    inside = col < W
-    codes = tl.load(row + col, mask=inside, other=0)
-    high = codes
-    if BITS == 3:
-        W1: tl.constexpr = W // 2
-        high = tl.load(row + W + (col % W1), mask=inside, other=0)
-    return codes, high
-
-
-@triton.jit
-def _decode_fields(
-    codes, high, t0, t1, t2, t3, t4, t5, t6, t7, centroids,
-    W: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, BS: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Four tiles [BS, WP] of centroids; at 4 and 8 bits the first two count."""
-    if BITS == 2:
-        return fields_2(codes, t0, t4, centroids, INTERPRET)
-    elif BITS == 3:
-        col = tl.arange(0, WP)[None, :] + tl.zeros((BS, 1), tl.int32)
-        upper = tl.where(col >= W // 2, 255, 0).to(tl.uint8)
-        return fields_3(codes, high, upper, t0, t1, t4, t5, centroids, INTERPRET)
+    One load a register instead of one load of all of them, because only then do all compilers leave the threads where
+    they are.
+    """
+    if N == 1:
+        if MASKED:
+            return tl.load(pointer, mask=inside, other=0)
+        else:
+            return tl.load(pointer)
+    elif N == 2:
+        return tl.join(
+            _stack(pointer, inside, LO, HI, 1, MASKED), _stack(pointer + LO, inside, LO, HI, 1, MASKED)
+        )
     else:
-        x, y = fields_4(codes, t0, t1, t2, t3, t4, t5, t6, t7, centroids, INTERPRET)
-        return x, y, x, y
+        return tl.join(
+            _stack(pointer, inside, LO, HI, N // 2, MASKED),
+            _stack(pointer + (N // 4) * HI, inside, LO, HI, N // 2, MASKED),
+        )
 
 
 @triton.jit
-def _power_of_two(size):
-    """The next power of two, 1 for 0: dividing by it rounds nothing, so that fp16 queries stay what they are."""
-    return tl.exp2(tl.ceil(tl.log2(tl.where(size > 0, size, 1.0))))
+def _byte(pointer, inside, ROW: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr):
+    return _stack(pointer, inside, LO * ROW, HI * ROW, N, True).to(tl.int32)
+
+
+@triton.jit
+def _load_words(
+    codes, row, word, W: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr,
+    LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Words ``word`` of the rows numbered ``row`` and of N - 1 further ones (:func:`_stack`), and their third bits.
+
+    Third bits (of 3-bit codes; else the words again) come shifted into place.
+    """
+    inside = word < WORDS
+    upper = tl.where(word >= W // 8, 1, 0)
+    for _ in tl.static_range(0 if N == 1 else (1 if N == 2 else (2 if N == 4 else (3 if N == 8 else 4)))):
+        upper = tl.join(upper, upper)
+    if W % 8 == 0 or (BITS != 3 and W % 4 == 0):
+        base = codes.to(tl.pointer_type(tl.int32)) + row * (ROW // 4)
+        words = _stack(base + word, inside, LO * (ROW // 4), HI * (ROW // 4), N, MASKED)
+        third = words
+        if BITS == 3:
+            at = base + W // 4 + word % (W // 8)
+            third = _stack(at, inside, LO * (ROW // 4), HI * (ROW // 4), N, MASKED) >> upper
+    else:  # rows of 3-bit codes that no word boundary divides
+        words = _byte(codes + row * ROW + word * 4, inside & (word * 4 < W), ROW, LO, HI, N)
+        third = words
+        for k in tl.static_range(1, 4):
+            byte = word * 4 + k
+            words |= _byte(codes + row * ROW + byte, inside & (byte < W), ROW, LO, HI, N) << (8 * k)
+        if BITS == 3:
+            third = tl.zeros_like(words)
+            for k in tl.static_range(4):
+                byte = word * 4 + k
+                ok = inside & (byte < W)
+                low = _byte(codes + row * ROW + W + byte % (W // 2), ok & (byte < W // 2), ROW, LO, HI, N)
+                high = _byte(codes + row * ROW + W + byte % (W // 2), ok & (byte >= W // 2), ROW, LO, HI, N)
+                third |= (low | (high >> 1)) << (8 * k)
+    return words, third
+
+
+@triton.jit
+def _flat(x, N: tl.constexpr):
+    return tl.reshape(x, (64, N))
+
+
+@triton.jit
+def _column(x, C: tl.constexpr, N: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
+    """Column C of [T, N, (R)], [T, R]."""
+    if N > 1:
+        even, odd = tl.split(tl.permute(tl.reshape(x, (T, N // 2, 2, R)), (0, 1, 3, 2)))
+        return _column(odd if C % 2 else even, C // 2, N // 2, R, T)
+    else:
+        return tl.reshape(x, (T, R))
+
+
+@triton.jit
+def _four(x, R: tl.constexpr, T: tl.constexpr):
+    """The four columns of [T, 4, (R)], [T, R] each."""
+    return _column(x, 0, 4, R, T), _column(x, 1, 4, R, T), _column(x, 2, 4, R, T), _column(x, 3, 4, R, T)
+
+
+@triton.jit
+def _key_side(low, high, R: tl.constexpr):
+    """Words of a thread's columns (0, 1) and (2, 3), [64, R] each, as [R * 16, 16] fp16."""
+    x = tl.join(
+        tl.join(first_half(low), second_half(low)), tl.join(first_half(high), second_half(high))
+    )  # [64, R, b, i]
+    if R == 8:
+        x = tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2))  # warp; q; r; row: 8, 32, 64; b; i
+        x = tl.permute(x, (5, 4, 0, 3, 1, 2, 7, 6))
+    else:
+        x = tl.reshape(x, (2, 8, 4, 2, R // 2, 2, 2))  # warp; q; r; row: 8, 32; b; i
+        x = tl.permute(x, (4, 0, 3, 1, 2, 6, 5))
+    return tl.reshape(x, (R * 16, 16))
+
+
+@triton.jit
+def _query_side(low, high, NG: tl.constexpr):
+    """Words [32, NG] of query heads in fours of lanes as [16, 8 NG] fp16."""
+    x = tl.join(tl.join(first_half(low), second_half(low)), tl.join(first_half(high), second_half(high)))
+    if NG == 4:
+        x = tl.reshape(x, (8, 4, 2, 2, 2, 2))  # head: 1; r; head: 8, 16; b; i
+        x = tl.permute(x, (1, 5, 4, 3, 2, 0))
+    else:
+        x = tl.reshape(x, (8, 4, NG, 2, 2))  # head: 1; r; head: 8; b; i
+        x = tl.permute(x, (1, 4, 3, 2, 0))
+    return tl.reshape(x, (16, NG * 8))
+
+
+@triton.jit
+def _value_pair(even, odd):
+    """Words of (two tokens) of channels 2c and 2c + 1: [64, S, token, channel] fp16."""
+    return tl.join(tl.join(first_half(even), second_half(even)), tl.join(first_half(odd), second_half(odd)))
+
+
+@triton.jit
+def _value_tile(
+    a, b, third_a, third_b, shift, t0, t1, t2, t3, t4, t5, t6, t7, table,
+    FIELD: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One field of a unit of values of every thread, [64 channels, 8 S tokens] fp16; rows as :func:`_channel_of_row`."""
+    w0, w1, w2, w3 = value_words(
+        a, b, third_a, third_b, shift, t0, t1, t2, t3, t4, t5, t6, t7, table, FIELD, BITS, INTERPRET
+    )
+    x = tl.join(_value_pair(w0, w1), _value_pair(w2, w3))  # [64, S, token, channel, channel pair]
+    # warp; q; r; tokens: 2, 16, 32, 64; token; channel; pair
+    if S == 4:
+        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2)), (7, 0, 6, 1, 4, 2, 3, 5))
+    elif S == 8:
+        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2, 2)), (8, 0, 7, 1, 5, 4, 2, 3, 6))
+    else:
+        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2, 2, 2)), (9, 0, 8, 1, 6, 5, 4, 2, 3, 7))
+    return tl.reshape(x, (64, S * 8))
+
+
+@triton.jit
+def _turned(x01, x23, y01, y23, c01, c23, s01, s23, INTERPRET: tl.constexpr):
+    """Queries turned back by an angle: x cos + y sin, y cos - x sin, words of two fp16 numbers."""
+    if INTERPRET:
+        return (
+            _half_rotation(x01, y01, c01, s01, 1.0),
+            _half_rotation(x23, y23, c23, s23, 1.0),
+            _half_rotation(y01, x01, c01, s01, -1.0),
+            _half_rotation(y23, x23, c23, s23, -1.0),
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 t, a;
+            mul.rn.f16x2 a, $4, $8; fma.rn.f16x2 $0, $6, $10, a;
+            mul.rn.f16x2 a, $5, $9; fma.rn.f16x2 $1, $7, $11, a;
+            neg.f16x2 t, $4; mul.rn.f16x2 a, $6, $8; fma.rn.f16x2 $2, t, $10, a;
+            neg.f16x2 t, $5; mul.rn.f16x2 a, $7, $9; fma.rn.f16x2 $3, t, $11, a; }""",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
+            [x01, x23, y01, y23, c01, c23, s01, s23],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _half_rotation(x, y, c, s, sign):
+    low = first_half(x) * first_half(c) + first_half(y) * first_half(s) * sign
+    high = second_half(x) * second_half(c) + second_half(y) * second_half(s) * sign
+    low = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | ((high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << 16)
+
+
+@triton.jit
+def _small(number):
+    """Numbers below 1024 as fp16 numbers to compare: 1024 + number, by setting bits."""
+    return ((number & 1023) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _thread_row():
+    """Of every 32 rows of a product, the first that each thread holds, [64, 1]."""
+    thread = tl.arange(0, 64)[:, None]
+    return (thread // 32) * 16 + (thread % 32) // 4
+
+
+@triton.jit
+def _entries_equal(
+    rows, index, last, origin, D: tl.constexpr, DIVIDE: tl.constexpr, R: tl.constexpr, INTERPRET: tl.constexpr
+):  # fmt: skip
+    """:func:`_rows_equal` of 16 entries, still [64, R, 4]: a register's row and its entry of four.
+
+    The compiler keeps the layout in which the entries are loaded only as long as no dimension is added after that.
+    """
+    first = (tl.arange(0, 64)[:, None, None] % 4) * 4
+    number = tl.load(index + first + tl.arange(0, 4)[None, None, :], mask=first < last, other=0)
+    number = number.to(tl.int32) & 0xFFFF
+    number = number // D if DIVIDE else tl.where(origin < 0, number % D, number - origin)
+    shape: tl.constexpr = (64, R, 4)
+    return equal(tl.broadcast_to(_small(number), shape), tl.broadcast_to(_small(rows), shape), INTERPRET)
+
+
+@triton.jit
+def _rows_equal(
+    rows, index, last, origin, D: tl.constexpr, DIVIDE: tl.constexpr, R: tl.constexpr, INTERPRET: tl.constexpr
+):  # fmt: skip
+    """The 0/1 matrix [16 R, 32]: does entry e, if below ``last`` (a multiple of four more may be read), belong to this row?
+
+    Args:
+        rows: each register's row number, [64, R, 1]: of tokens if DIVIDE, else of channels.
+        index: numbers token * D + channel, or of the layer's channels, of which this head's begin at ``origin`` >= 0.
+    """
+    one = tl.join(
+        _entries_equal(rows, index, last, origin, D, DIVIDE, R, INTERPRET),
+        _entries_equal(rows, index + 16, last - 16, origin, D, DIVIDE, R, INTERPRET),
+    )
+    one = tl.reshape(one, (2, 8, 4, R // 2, 2, 4, 2))  # warp; q; r; row: 32, 8; entry: 1, 16
+    return tl.reshape(tl.permute(one, (3, 0, 4, 1, 6, 2, 5)), (R * 16, 32))
+
+
+@triton.jit
+def _places_equal(
+    index, first, begin, end, closed, D: tl.constexpr, BS: tl.constexpr, V_ENTRIES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """:func:`_tokens_equal` of the first or second rows that 64 threads hold, still [64, BS / 4]."""
+    at = first + _thread_row()  # [64, 1]
+    inside = (at >= begin) & (at < end)
+    number = tl.load(index + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
+    token = tl.where(closed, number // D, at // V_ENTRIES)
+    column = tl.arange(0, BS // 4)[None, :]
+    column = (column // 4) * 16 + (tl.arange(0, 64)[:, None] % 4) * 4 + column % 4
+    return equal(tl.broadcast_to(_small(token), (64, BS // 4)), _small(column), INTERPRET)
+
+
+@triton.jit
+def _tokens_equal(
+    index, first, begin, end, closed, D: tl.constexpr, BS: tl.constexpr, V_ENTRIES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """The 0/1 matrix [32, BS]: is entry ``first + e`` of value outliers of this token of the block?"""
+    one = tl.join(
+        _places_equal(index, first, begin, end, closed, D, BS, V_ENTRIES, INTERPRET),
+        _places_equal(index, first + 8, begin, end, closed, D, BS, V_ENTRIES, INTERPRET),
+    )
+    one = tl.reshape(one, (2, 8, 4, BS // 16, 4, 2))  # warp; q; r; token: 16, 1; entry: 8
+    return tl.reshape(tl.permute(one, (0, 5, 1, 3, 2, 4)), (32, BS))
+
+
+@triton.jit
+def _key_differences(
+    number, kept, live, q_half, floor, inverse_size, offset_cos, offset_sin, base,
+    GP: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """What each of 32 outliers adds to its token's scores, [32, GP] fp32: an outlier weighs too much to be rounded."""
+    HALF: tl.constexpr = D // 2
+    t = number // D
+    d = number % D
+    g = tl.arange(0, GP)[None, :]
+    delta = kept * inverse_size - tl.load(floor + d, mask=live, other=0.0)
+    delta = tl.where(live, tl.minimum(tl.maximum(delta, -LARGEST), LARGEST), 0.0)
+    own = tl.load(q_half + d[:, None] * GP + g).to(tl.float32)
+    if ROTATED:
+        j = d % HALF
+        cb = tl.load(base + j)
+        sb = tl.load(base + HALF + j)
+        co = tl.load(offset_cos + t * HALF + j)
+        so = tl.load(offset_sin + t * HALF + j)
+        side = tl.where(d < HALF, delta, -delta)
+        other = tl.load(q_half + tl.where(d < HALF, d + HALF, j)[:, None] * GP + g).to(tl.float32)
+        return own * ((cb * co - sb * so) * delta)[:, None] + other * ((sb * co + cb * so) * side)[:, None]
+    else:
+        return own * delta[:, None]
+
+
+@triton.jit
+def _row_of(R: tl.constexpr):
+    """The row of a product that each register of each thread holds, [64, R, 1]."""
+    p = tl.arange(0, R)[None, :, None]
+    return _thread_row()[:, :, None] + (p // 2) * 32 + (p % 2) * 8
+
+
+@triton.jit
+def _channel_of_row(
+    row, PART: tl.constexpr, D: tl.constexpr, W: tl.constexpr, UPG: tl.constexpr, NP: tl.constexpr
+):
+    """Channel in row 0 to 63 of an output tile; PART is its unit of the group, times two, plus its field."""
+    unit = (((row // 16) % 2) * 8 + row % 8) * UPG + PART // 2
+    byte = (unit // NP) * 4 + (row // 32) * 2 + (row // 8) % 2
+    return tl.where(unit < D // 8, (unit % NP) * W + byte + (PART % 2) * (D // 2), D)
+
+
+@triton.jit
+def _store_part(
+    part_out, at_part, acc, G: tl.constexpr, GP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    UPG: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    channels = _channel_of_row(tl.arange(0, 64), PART, D, W, UPG, NP)[:, None]
+    inside = (tl.arange(0, GP)[None, :] < G) & (channels < D)
+    tl.store(part_out + at_part[None, :] * D + channels, acc, mask=inside)
 
 
 @triton.jit
 def _decode_kernel(
-    # What is attended with: [B, Hq, D] fp32, rotated at its position
-    query, block_table, kv_lengths,
+    # Prepared for this call
+    q_words, q_half, affine, floor, unit, angles, bases, wide_bases,
+    offset_cos, offset_sin, block_table, kv_lengths,
     # Keys
-    key_codes, key_count, key_index, key_value, spill_head, spill_next, spill_index, spill_value,
-    key_zero, key_scale, key_centroids,
+    key_codes, key_count, key_index, key_value, spill_head, spill_next, spill_index, spill_value, key_centroids,
     # Values
     value_codes, value_zero, value_scale, value_index, value_value, value_end, value_centroids,
-    # Rotary tables
-    offset_cos, offset_sin, base_cos, base_sin,
     # Partial results [B, H, SPLITS, GP (, D)]
-    part_best, part_total, part_out, part_out2,
-    softmax_scale, softcap, window, sink_tokens, table_stride, base_entries, value_outliers,
-    H, VG, bpt,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
-    KB: tl.constexpr, VB: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, KWP: tl.constexpr, VWP: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr, KF: tl.constexpr, VF: tl.constexpr,
-    SPLITS: tl.constexpr, EC: tl.constexpr, HAS_ROPE: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_K_OUT: tl.constexpr, HAS_V_OUT: tl.constexpr, INTERPRET: tl.constexpr,
+    part_best, part_total, part_out,
+    softcap, window, sink_tokens, table_stride,
+    H, VG, splits,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+    KW: tl.constexpr, VW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
+    K_BASE: tl.constexpr, V_ENTRIES: tl.constexpr, ROTATED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0) // H
-    h = tl.program_id(0) % H
+    R: tl.constexpr = BS // 16  # registers of a thread for the rows of a block
+    NG: tl.constexpr = GP // 8
+    K_WORDS: tl.constexpr = (KW + 3) // 4
+    CPL: tl.constexpr = (K_WORDS + 3) // 4  # words of a row that one of its four lanes decodes
+    CPLP: tl.constexpr = 1 if CPL == 1 else (2 if CPL == 2 else (4 if CPL <= 4 else 8))
+    KNP: tl.constexpr = 1 if KB == 4 else 2  # units of a word
+    UNITS: tl.constexpr = CPL * KNP
+    V_WORDS: tl.constexpr = (VW + 3) // 4
+    VNP: tl.constexpr = 1 if VB == 4 else 2
+    UPG: tl.constexpr = 1 if D <= 128 else 2  # units of a row that one of its sixteen groups of lanes decodes
+    S: tl.constexpr = BS // 8
+
+    bh = tl.program_id(0)
+    b = bh // H
+    h = bh % H
     split = tl.program_id(1)
     length = tl.load(kv_lengths + b)
     blocks = tl.cdiv(length, BS)
@@ -111,293 +385,325 @@ def _decode_kernel(
     if HAS_WINDOW:
         first_visible = tl.maximum(first_visible, length - window)
     start_block = first_visible // BS
-    per_split = tl.cdiv(tl.maximum(blocks - start_block, 0), SPLITS)
+    per_split = tl.cdiv(tl.maximum(blocks - start_block, 0), splits)
     begin = start_block + split * per_split
     end = tl.minimum(begin + per_split, blocks)
 
-    g = tl.arange(0, GP)
     slot = tl.arange(0, BS)
-    kw = tl.arange(0, KWP)
-    vw = tl.arange(0, VWP)
-    entry = tl.arange(0, EC)
-    lane32 = tl.arange(0, 32)
-    HALF: tl.constexpr = D // 2
+    g = tl.arange(0, GP)
+    thread = tl.arange(0, 64)
+    lane = tl.arange(0, 32)
+    four = tl.arange(0, 4)[None, :]
+    r = thread % 4
+    first_row = (thread // 32) * 16 + (thread % 32) // 4  # a thread's first row of every 32
+    key_word = (r * CPL)[:, None] + tl.arange(0, CPLP)[None, :]  # [64, CPLP]
+    key_inside: tl.constexpr = K_WORDS == 4 * CPL and CPLP == CPL
+    if not key_inside:
+        key_word = tl.where(tl.arange(0, CPLP)[None, :] < CPL, key_word, K_WORDS)
+    group_unit = ((thread // 32) * 8 + (thread % 32) // 4) * UPG
 
-    # -- what stays the same over the loop ---------------------------------------------------------------------
-    q_row = query + ((b * H + h) * G + g[:, None]) * D  # [GP, 1]
-    q_mask = (g[:, None] < G) & (kw[None, :] < KW)
-    zero_row = key_zero + h * D
-    scale_row = key_scale + h * D
-    d_all = tl.arange(0, 256)
-    k_size = tl.max(tl.load(key_scale + h * D + d_all, mask=d_all < D, other=0.0), 0) * 1.5 + tl.max(
-        tl.abs(tl.load(key_zero + h * D + d_all, mask=d_all < D, other=0.0)), 0
-    )
-    k_size = _power_of_two(k_size)
-    q_all = tl.load(q_row + d_all[None, :], mask=(g[:, None] < G) & (d_all[None, :] < D), other=0.0)
-    q_size = tl.max(tl.max(tl.abs(q_all), 1), 0) * 2.0
-    q_size = _power_of_two(q_size)
-    unit = softmax_scale * k_size * q_size
-
-    # Fields f and f + KF/2 are RoPE partners. Tiles of the queries [GP, KWP] fp32, ranges [1, KWP] fp16.
-    qa0 = tl.load(q_row + kw[None, :], mask=q_mask, other=0.0) / q_size
-    qb0 = tl.load(q_row + HALF + kw[None, :], mask=q_mask, other=0.0) / q_size
-    sa0 = (tl.load(scale_row + kw, mask=kw < KW, other=0.0) / k_size).to(tl.float16)[None, :]
-    sb0 = (tl.load(scale_row + HALF + kw, mask=kw < KW, other=0.0) / k_size).to(tl.float16)[None, :]
-    za0 = (tl.load(zero_row + kw, mask=kw < KW, other=0.0) / k_size).to(tl.float16)[None, :]
-    zb0 = (tl.load(zero_row + HALF + kw, mask=kw < KW, other=0.0) / k_size).to(tl.float16)[None, :]
-    if KF == 4:
-        qa1 = tl.load(q_row + KW + kw[None, :], mask=q_mask, other=0.0) / q_size
-        qb1 = tl.load(q_row + HALF + KW + kw[None, :], mask=q_mask, other=0.0) / q_size
-        sa1 = (tl.load(scale_row + KW + kw, mask=kw < KW, other=0.0) / k_size).to(tl.float16)[None, :]
-        sb1 = (tl.load(scale_row + HALF + KW + kw, mask=kw < KW, other=0.0) / k_size).to(tl.float16)[None, :]
-        za1 = (tl.load(zero_row + KW + kw, mask=kw < KW, other=0.0) / k_size).to(tl.float16)[None, :]
-        zb1 = (tl.load(zero_row + HALF + KW + kw, mask=kw < KW, other=0.0) / k_size).to(tl.float16)[None, :]
-    if HAS_ROPE:
-        rope_at = slot[:, None] * HALF + kw[None, :]
-        rope_mask = (slot[:, None] < BS) & (kw[None, :] < KW)
-        c0 = tl.load(offset_cos + rope_at, mask=rope_mask, other=0.0).to(tl.float16)
-        s0 = tl.load(offset_sin + rope_at, mask=rope_mask, other=0.0).to(tl.float16)
-        if KF == 4:
-            c1 = tl.load(offset_cos + rope_at + KW, mask=rope_mask, other=0.0).to(tl.float16)
-            s1 = tl.load(offset_sin + rope_at + KW, mask=rope_mask, other=0.0).to(tl.float16)
-
-    kt0, kt1, kt2, kt3, kt4, kt5, kt6, kt7 = _tables(key_centroids, KB)
-    vt0, vt1, vt2, vt3, vt4, vt5, vt6, vt7 = _tables(value_centroids, VB)
-    k_first = tl.load(key_centroids)
+    q_words = q_words.to(tl.pointer_type(tl.int32)) + bh * (UNITS * GP * 16)
+    q_half += bh * D * GP
+    floor += bh * D
+    affine = affine.to(tl.pointer_type(tl.int32)) + bh * (UNITS * 32)
+    angle_words = angles.to(tl.pointer_type(tl.int32))
+    base_words = bases.to(tl.pointer_type(tl.int32))
+    score_unit = tl.load(unit + bh * 2)
+    inverse_size = tl.load(unit + bh * 2 + 1)
+    kt0, kt1, kt2, kt3, kt4, kt5, kt6, kt7 = load_tables(key_centroids, KB)
+    vt0, vt1, vt2, vt3, vt4, vt5, vt6, vt7 = load_tables(value_centroids, VB)
     v_first = tl.load(value_centroids)
-    group = h * VG // H
+    value_group = h * VG // H
+    entry = tl.arange(0, 32)
 
     best = tl.full((GP,), -float("inf"), tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    zeros = tl.zeros((GP,), tl.float32)
-    acc0 = tl.zeros((GP, VWP), tl.float32)
-    acc1 = tl.zeros((GP, VWP), tl.float32)
-    acc2 = tl.zeros((GP, VWP), tl.float32)
-    acc3 = tl.zeros((GP, VWP), tl.float32)
-    DA: tl.constexpr = (D + 15) // 16
-    DAP: tl.constexpr = 4 if DA <= 4 else (8 if DA <= 8 else 16)
-    acc_out = tl.zeros((GP * DAP, 16), tl.float32)
+    total = tl.zeros((8, GP), tl.float32)  # over the registers in the loop, over the lanes after it
+    zeros = total
+    acc0 = tl.zeros((64, GP), tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
 
     for column in range(begin, end):
         block = tl.load(block_table + b * table_stride + column).to(tl.int64)
-        at = (block * H + h) * BS
-        codes, high = _load_codes(key_codes + (at + slot[:, None]) * K_ROW, D, KW, KWP, KB)
-        vcodes, vhigh = _load_codes(value_codes + (at + slot[:, None]) * V_ROW, D, VW, VWP, VB)
+        row0 = (block * H + h) * BS
+        codes, third = _load_words(
+            key_codes + row0 * K_ROW,
+            first_row[:, None],
+            key_word,
+            KW,
+            K_ROW,
+            K_WORDS,
+            not key_inside,
+            KB,
+            8,
+            32,
+            R,
+        )
         position = column * BS + slot
         visible = (position < length) & (position >= first_visible)
-        v_scale = tl.load(value_scale + (block * BS + slot) * VG + group, mask=visible, other=0.0).to(
-            tl.float32
-        )
-        v_zero = tl.load(value_zero + (block * BS + slot) * VG + group, mask=visible, other=0.0).to(
-            tl.float32
-        )
+        range_at = (block * BS + slot) * VG + value_group
+        v_scale = tl.load(value_scale + range_at, mask=visible, other=0.0).to(tl.float32)
+        v_zero = tl.load(value_zero + range_at, mask=visible, other=0.0).to(tl.float32)
 
-        # -- the queries, turned back by the block's base --------------------------------------------------------
-        if HAS_ROPE:
-            tile_row = (column // bpt) * HALF
-            off_row = (column % bpt) * BS * HALF
-            j = tl.arange(0, KWP)
-            jm = j < KW
-            cb = tl.load(base_cos + tile_row + j, mask=jm, other=1.0)
-            sb = tl.load(base_sin + tile_row + j, mask=jm, other=0.0)
-            co = tl.load(offset_cos + off_row + j, mask=jm, other=1.0)
-            so = tl.load(offset_sin + off_row + j, mask=jm, other=0.0)
-            inv = tl.rsqrt(co * co + so * so)  # the offset table carries the model's attention scaling
-            cc0 = ((cb * co - sb * so) * inv)[None, :]
-            ss0 = ((sb * co + cb * so) * inv)[None, :]
-            ra0 = (qa0 * cc0 + qb0 * ss0).to(tl.float16)
-            rb0 = (qb0 * cc0 - qa0 * ss0).to(tl.float16)
-            if KF == 4:
-                cb1 = tl.load(base_cos + tile_row + KW + j, mask=jm, other=1.0)
-                sb1_ = tl.load(base_sin + tile_row + KW + j, mask=jm, other=0.0)
-                co1 = tl.load(offset_cos + off_row + KW + j, mask=jm, other=1.0)
-                so1 = tl.load(offset_sin + off_row + KW + j, mask=jm, other=0.0)
-                inv1 = tl.rsqrt(co1 * co1 + so1 * so1)
-                cc1 = ((cb1 * co1 - sb1_ * so1) * inv1)[None, :]
-                ss1 = ((sb1_ * co1 + cb1 * so1) * inv1)[None, :]
-                ra1 = (qa1 * cc1 + qb1 * ss1).to(tl.float16)
-                rb1 = (qb1 * cc1 - qa1 * ss1).to(tl.float16)
-        else:
-            ra0 = qa0.to(tl.float16)
-            rb0 = qb0.to(tl.float16)
-            if KF == 4:
-                ra1 = qa1.to(tl.float16)
-                rb1 = qb1.to(tl.float16)
-
-        # -- scores ----------------------------------------------------------------------------------------------
-        f0, f1, f2, f3 = _decode_fields(
-            codes, high, kt0, kt1, kt2, kt3, kt4, kt5, kt6, kt7, key_centroids, KW, KWP, KB, BS, INTERPRET
-        )
-        if KF == 4:
-            xa0 = f0 * sa0 + za0
-            xb0 = f2 * sb0 + zb0
-            xa1 = f1 * sa1 + za1
-            xb1 = f3 * sb1 + zb1
-        else:
-            xa0 = f0 * sa0 + za0
-            xb0 = f1 * sb0 + zb0
-        if HAS_ROPE:
-            ya0 = xa0 * c0 - xb0 * s0
-            yb0 = xb0 * c0 + xa0 * s0
-        else:
-            ya0 = xa0
-            yb0 = xb0
-        scores = tl.dot(ra0, tl.trans(ya0))
-        scores = tl.dot(rb0, tl.trans(yb0), scores)
-        if KF == 4:
-            if HAS_ROPE:
-                ya1 = xa1 * c1 - xb1 * s1
-                yb1 = xb1 * c1 + xa1 * s1
-            else:
-                ya1 = xa1
-                yb1 = xb1
-            scores = tl.dot(ra1, tl.trans(ya1), scores)
-            scores = tl.dot(rb1, tl.trans(yb1), scores)
-        scores = scores * unit
-        if HAS_K_OUT:
-            count = tl.load(key_count + block * H + h)
-            stored = tl.minimum(count, base_entries)
-            row = (block * H + h) * base_entries
-            for e0 in range(0, stored, EC):
-                e = e0 + entry
-                live = e < stored
-                number = tl.load(key_index + row + e, mask=live, other=0).to(tl.int32) & 0xFFFF
-                kept = tl.load(key_value + row + e, mask=live, other=0.0).to(tl.float32)
-                scores += _key_outliers(
-                    number, kept, live, q_row, zero_row, scale_row, k_first, offset_cos, offset_sin, base_cos,
-                    base_sin, column, bpt, softmax_scale, g, slot, G, GP, D, BS, EC, HAS_ROPE,
-                )  # fmt: skip
-            left = count - base_entries
-            if left > 0:
-                chunk = tl.load(spill_head + block * H + h).to(tl.int64)
-                while left > 0:
-                    live32 = lane32 < left
-                    number32 = (
-                        tl.load(spill_index + chunk * 32 + lane32, mask=live32, other=0).to(tl.int32) & 0xFFFF
-                    )
-                    kept32 = tl.load(spill_value + chunk * 32 + lane32, mask=live32, other=0.0).to(tl.float32)
-                    scores += _key_outliers(
-                        number32, kept32, live32, q_row, zero_row, scale_row, k_first, offset_cos, offset_sin,
-                        base_cos, base_sin, column, bpt, softmax_scale, g, slot, G, GP, D, BS, 32, HAS_ROPE,
+        # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
+        scores = tl.zeros((BS, GP), tl.float32)
+        for c in tl.static_range(CPL):
+            word = _column(codes, c, CPLP, R, 64)
+            bits3 = _column(third, c, CPLP, R, 64)
+            for half in tl.static_range(KNP):
+                n = c * KNP + half
+                ranges = affine + ((n * 4 + r) * 8)[:, None] + four
+                sx01, sx23, zx01, zx23 = _four(tl.load(ranges), 1, 64)
+                sy01, sy23, zy01, zy23 = _four(tl.load(ranges + 4), 1, 64)
+                at = q_words + ((n * GP + lane // 4) * 4 + lane % 4) * 4
+                x01 = tl.reshape(_stack(at, True, 128, 256, NG, False), (32, NG))
+                x23 = tl.reshape(_stack(at + 1, True, 128, 256, NG, False), (32, NG))
+                y01 = tl.reshape(_stack(at + 2, True, 128, 256, NG, False), (32, NG))
+                y23 = tl.reshape(_stack(at + 3, True, 128, 256, NG, False), (32, NG))
+                if ROTATED:
+                    t = angle_words + ((first_row * UNITS * 4 + r) * 4 + n * 16)[:, None] + four
+                    c01, c23, s01, s23 = _four(_stack(t, True, UNITS * 128, UNITS * 512, R, False), R, 64)
+                    o = base_words + ((column * UNITS + n) * 4 + lane % 4) * 4
+                    x01, x23, y01, y23 = _turned(
+                        x01, x23, y01, y23, tl.load(o)[:, None], tl.load(o + 1)[:, None], tl.load(o + 2)[:, None],
+                        tl.load(o + 3)[:, None], INTERPRET,
                     )  # fmt: skip
-                    left -= 32
-                    if left > 0:
+                else:
+                    c01, c23, s01, s23 = word, word, word, word
+                k01, k23, l01, l23 = key_words(
+                    word, bits3, kt0, kt1, kt2, kt3, kt4, kt5, kt6, kt7, key_centroids,
+                    sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+                    c01, c23, s01, s23, 2 * half, KB, ROTATED, INTERPRET,
+                )  # fmt: skip
+                scores = tl.dot(_key_side(k01, k23, R), _query_side(x01, x23, NG), scores)
+                scores = tl.dot(_key_side(l01, l23, R), _query_side(y01, y23, NG), scores)
+        if K_BASE > 0:
+            count = tl.load(key_count + block * H + h)
+            stored = tl.minimum(count, K_BASE)
+            index = key_index + (block * H + h) * K_BASE
+            kept_row = key_value + (block * H + h) * K_BASE
+            base = wide_bases + column * D
+            own_chunks = tl.cdiv(stored, 32)
+            chunk = tl.zeros((), tl.int64)
+            if count > K_BASE:
+                chunk = tl.load(spill_head + block * H + h).to(tl.int64)
+            for i in range(own_chunks + tl.cdiv(count - stored, 32)):
+                # The block's own row first, then the chain of spilled chunks.
+                left = stored - i * 32
+                numbers = index + i * 32
+                kepts = kept_row + i * 32
+                if i >= own_chunks:
+                    left = count - K_BASE - (i - own_chunks) * 32
+                    numbers = spill_index + chunk * 32
+                    kepts = spill_value + chunk * 32
+                    if left > 32:
                         chunk = tl.load(spill_next + chunk).to(tl.int64)
+                live = entry < left
+                number = tl.load(numbers + entry, mask=live, other=0).to(tl.int32) & 0xFFFF
+                kept = tl.load(kepts + entry, mask=live, other=0.0).to(tl.float32)
+                w = _key_differences(
+                    number,
+                    kept,
+                    live,
+                    q_half,
+                    floor,
+                    inverse_size,
+                    offset_cos,
+                    offset_sin,
+                    base,
+                    GP,
+                    D,
+                    ROTATED,
+                )
+                one = _rows_equal(_row_of(R), numbers, left, 0, D, True, R, INTERPRET)
+                high = w.to(tl.float16)
+                scores = tl.dot(one, high, scores)
+                scores = tl.dot(one, (w - high.to(tl.float32)).to(tl.float16), scores)
+        scores = scores * score_unit  # times log2(e), unless a cap comes first
         if HAS_SOFTCAP:
             # tanh through exp, which keeps its sign at both ends
             decay = tl.exp2(tl.abs(scores / softcap) * (-2.0 * 1.4426950408889634))
-            scores = tl.where(scores < 0, -1.0, 1.0) * softcap * (1.0 - decay) / (1.0 + decay)
-        scores = tl.where(visible[None, :], scores * LOG2E, -float("inf"))
+            scores = tl.where(scores < 0, -LOG2E, LOG2E) * softcap * (1.0 - decay) / (1.0 + decay)
+        scores = tl.where(visible[:, None], scores, -float("inf"))
 
         # -- weights ---------------------------------------------------------------------------------------------
-        new = tl.maximum(best, tl.max(scores, 1))
+        new = tl.maximum(best, tl.max(scores, 0))
         shift = tl.where(new == -float("inf"), 0.0, new)
-        weights = tl.exp2(scores - shift[:, None])  # [GP, BS]
-        fade = tl.exp2(best - shift)
+        weights = tl.exp2(scores - shift[None, :])  # [BS, GP]
+        fade = tl.exp2(best - shift)[None, :]
         best = new
-        total = total * fade + tl.sum(weights, 1)
-        zeros = zeros * fade + tl.sum(weights * v_zero[None, :], 1)
+        total = total * fade + tl.sum(tl.reshape(weights, (BS // 8, 8, GP)), 0)
+        zeros = zeros * fade + tl.sum(tl.reshape(weights * v_zero[:, None], (BS // 8, 8, GP)), 0)
 
         # -- values: a token's range goes into its weight --------------------------------------------------------
         size = tl.max(v_scale, 0)
         size = tl.where(size > 0, size, 1.0)
-        p = (weights * (v_scale / size)[None, :]).to(tl.float16)
-        v0, v1, v2, v3 = _decode_fields(
-            vcodes, vhigh, vt0, vt1, vt2, vt3, vt4, vt5, vt6, vt7, value_centroids, VW, VWP, VB, BS, INTERPRET
+        weighted = (weights * (v_scale / size)[:, None]).to(tl.float16)
+        plain = (weights * WEIGHT_SCALE).to(tl.float16)
+        v_codes = value_codes + row0 * V_ROW
+        a0, ta0 = _load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
+        b0, tb0 = _load_words(
+            v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S
         )
-        acc0 = acc0 * fade[:, None] + tl.dot(p, v0) * size
-        acc1 = acc1 * fade[:, None] + tl.dot(p, v1) * size
-        if VF == 4:
-            acc2 = acc2 * fade[:, None] + tl.dot(p, v2) * size
-            acc3 = acc3 * fade[:, None] + tl.dot(p, v3) * size
-        if HAS_V_OUT:
-            faded = tl.broadcast_to(fade[:, None], (GP, DAP))
-            acc_out = acc_out * tl.reshape(faded, (GP * DAP,))[:, None]
+        a0, b0, ta0, tb0 = _flat(a0, S), _flat(b0, S), _flat(ta0, S), _flat(tb0, S)
+        shift0 = ((group_unit % VNP) * 2)[:, None]
+        tile = _value_tile(
+            a0,
+            b0,
+            ta0,
+            tb0,
+            shift0,
+            vt0,
+            vt1,
+            vt2,
+            vt3,
+            vt4,
+            vt5,
+            vt6,
+            vt7,
+            value_centroids,
+            0,
+            S,
+            VB,
+            INTERPRET,
+        )
+        out0 = tl.dot(tile, weighted)
+        tile = _value_tile(
+            a0,
+            b0,
+            ta0,
+            tb0,
+            shift0,
+            vt0,
+            vt1,
+            vt2,
+            vt3,
+            vt4,
+            vt5,
+            vt6,
+            vt7,
+            value_centroids,
+            1,
+            S,
+            VB,
+            INTERPRET,
+        )
+        out1 = tl.dot(tile, weighted)
+        out2 = out0
+        out3 = out1
+        if UPG == 2:
+            unit1 = group_unit + 1
+            a1, ta1 = _load_words(v_codes, r * 4, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S)
+            b1, tb1 = _load_words(
+                v_codes, r * 4 + 1, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S
+            )
+            a1, b1, ta1, tb1 = _flat(a1, S), _flat(b1, S), _flat(ta1, S), _flat(tb1, S)
+            shift1 = ((unit1 % VNP) * 2)[:, None]
+            tile = _value_tile(
+                a1,
+                b1,
+                ta1,
+                tb1,
+                shift1,
+                vt0,
+                vt1,
+                vt2,
+                vt3,
+                vt4,
+                vt5,
+                vt6,
+                vt7,
+                value_centroids,
+                0,
+                S,
+                VB,
+                INTERPRET,
+            )
+            out2 = tl.dot(tile, weighted)
+            tile = _value_tile(
+                a1,
+                b1,
+                ta1,
+                tb1,
+                shift1,
+                vt0,
+                vt1,
+                vt2,
+                vt3,
+                vt4,
+                vt5,
+                vt6,
+                vt7,
+                value_centroids,
+                1,
+                S,
+                VB,
+                INTERPRET,
+            )
+            out3 = tl.dot(tile, weighted)
+        if V_ENTRIES > 0:
             ends = value_end + block * H
             closed = tl.load(ends + H - 1) > 0
             # An open block lists all heads' entries token by token, a closed one those of each head together.
             e_first = 0
             if h > 0:
                 e_first = tl.load(ends + h - 1)
-            e_last = tl.where(
-                closed, tl.load(ends + h), tl.minimum(length - column * BS, BS) * value_outliers
-            )
-            table = block * BS * value_outliers
-            for e0 in range(e_first, e_last, EC):
-                e = e0 + entry
-                live = e < e_last
-                number = tl.load(value_index + table + e, mask=live, other=0).to(tl.int32) & 0xFFFF
-                kept = tl.load(value_value + table + e, mask=live, other=0.0).to(tl.float32)
-                t = tl.where(closed, number // D, e // value_outliers)
-                d = tl.where(closed, number % D, number - h * D)
-                live = live & (d >= 0) & (d < D) & (t < BS)
-                t = tl.where(live, t, 0)
-                zero_e = tl.load(value_zero + (block * BS + t) * VG + group, mask=live, other=0.0).to(
-                    tl.float32
+            e_last = tl.where(closed, tl.load(ends + h), tl.minimum(length - column * BS, BS) * V_ENTRIES)
+            entries = block * BS * V_ENTRIES
+            for e1 in range((e_first // 4) * 4, e_last, 32):
+                one = _tokens_equal(
+                    value_index + entries, e1, e_first, e_last, closed, D, BS, V_ENTRIES, INTERPRET
                 )
-                scale_e = tl.load(value_scale + (block * BS + t) * VG + group, mask=live, other=0.0).to(
-                    tl.float32
+                picked = tl.dot(one, plain)  # [32, GP]: the weights of the entries' tokens
+                ve = e1 + entry
+                v_live = (ve >= e_first) & (ve < e_last)
+                v_number = tl.load(value_index + entries + ve, mask=v_live, other=0).to(tl.int32) & 0xFFFF
+                v_kept = tl.load(value_value + entries + ve, mask=v_live, other=0.0).to(tl.float32)
+                v_token = tl.where(closed, v_number // D, ve // V_ENTRIES) & (BS - 1)
+                v_channel = tl.where(closed, v_number % D, v_number - h * D)
+                v_live = v_live & (v_channel >= 0) & (v_channel < D)
+                range_e = (block * BS + v_token) * VG + value_group
+                zero_e = tl.load(value_zero + range_e).to(tl.float32)
+                scale_e = tl.load(value_scale + range_e).to(tl.float32)
+                delta = (v_kept - (zero_e + scale_e * v_first)) / size
+                delta = tl.where(v_live, delta, 0.0)
+                ew = tl.minimum(tl.maximum(picked * (delta / WEIGHT_SCALE)[:, None], -LARGEST), LARGEST).to(
+                    tl.float16
                 )
-                delta = kept - (zero_e + scale_e * v_first)
-                w = tl.gather(weights, tl.broadcast_to(t[None, :], (GP, EC)), 1)
-                w = tl.where(live[None, :] & (w > 0), w * delta[None, :], 0.0)  # [GP, EC]
-                a = tl.arange(0, DAP)
-                rows = tl.where((d // 16)[None, None, :] == a[None, :, None], w[:, None, :], 0.0)
-                ones = tl.where((d % 16)[:, None] == tl.arange(0, 16)[None, :], 1.0, 0.0)
-                acc_out += tl.dot(tl.reshape(rows, (GP * DAP, EC)), ones, input_precision="tf32")
+                numbers = value_index + entries + e1
+                last = e_last - e1
+                origin = tl.where(closed, -1, h * D)
+                c0 = _channel_of_row(_row_of(4), 0, D, VW, UPG, VNP)
+                c1 = _channel_of_row(_row_of(4), 1, D, VW, UPG, VNP)
+                out0 = tl.dot(_rows_equal(c0, numbers, last, origin, D, False, 4, INTERPRET), ew, out0)
+                out1 = tl.dot(_rows_equal(c1, numbers, last, origin, D, False, 4, INTERPRET), ew, out1)
+                if UPG == 2:
+                    c2 = _channel_of_row(_row_of(4), 2, D, VW, UPG, VNP)
+                    c3 = _channel_of_row(_row_of(4), 3, D, VW, UPG, VNP)
+                    out2 = tl.dot(_rows_equal(c2, numbers, last, origin, D, False, 4, INTERPRET), ew, out2)
+                    out3 = tl.dot(_rows_equal(c3, numbers, last, origin, D, False, 4, INTERPRET), ew, out3)
+        acc0 = acc0 * fade + out0 * size
+        acc1 = acc1 * fade + out1 * size
+        if UPG == 2:
+            acc2 = acc2 * fade + out2 * size
+            acc3 = acc3 * fade + out3 * size
 
-    out = ((b * H + h) * SPLITS + split) * GP + g
-    tl.store(part_best + out, best)
-    tl.store(part_total + out, total)
-    o_row = part_out + out[:, None] * D + vw[None, :]
-    o_mask = (g[:, None] < G) & (vw[None, :] < VW)
-    tl.store(o_row, acc0 + zeros[:, None], mask=o_mask)
-    tl.store(o_row + VW, acc1 + zeros[:, None], mask=o_mask)
-    if VF == 4:
-        tl.store(o_row + 2 * VW, acc2 + zeros[:, None], mask=o_mask)
-        tl.store(o_row + 3 * VW, acc3 + zeros[:, None], mask=o_mask)
-    if HAS_V_OUT:
-        r = tl.arange(0, GP * DAP)
-        o2 = (((b * H + h) * SPLITS + split) * GP + r // DAP) * D + (r % DAP) * 16
-        col = tl.arange(0, 16)
-        ok = ((r % DAP) * 16)[:, None] + col[None, :] < D
-        tl.store(part_out2 + o2[:, None] + col[None, :], acc_out, mask=ok)
-
-
-@triton.jit
-def _key_outliers(
-    number, kept, live, q_row, zero_row, scale_row, k_first, offset_cos, offset_sin, base_cos, base_sin, column, bpt,
-    softmax_scale, g, slot,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, EC: tl.constexpr, HAS_ROPE: tl.constexpr,
-):  # fmt: skip
-    """What the entries of one chunk add to the scores, [GP, BS] fp32."""
-    HALF: tl.constexpr = D // 2
-    t = number // D
-    d = number % D
-    delta = kept - (tl.load(zero_row + d) + tl.load(scale_row + d) * k_first)
-    own = tl.load(q_row + d[None, :], mask=(g[:, None] < G) & live[None, :], other=0.0)  # [GP, EC]
-    if HAS_ROPE:
-        j = d % HALF
-        tile = (column // bpt) * HALF + j
-        offset = ((column % bpt) * BS + t) * HALF + j
-        cb = tl.load(base_cos + tile)
-        sb = tl.load(base_sin + tile)
-        co = tl.load(offset_cos + offset)
-        so = tl.load(offset_sin + offset)
-        cos = cb * co - sb * so
-        sin = tl.where(d < HALF, 1.0, -1.0) * (sb * co + cb * so)
-        partner = tl.where(d < HALF, d + HALF, d - HALF)
-        other = tl.load(q_row + partner[None, :], mask=(g[:, None] < G) & live[None, :], other=0.0)
-        own = own * cos[None, :] + other * sin[None, :]
-    w = own * tl.where(live, delta * softmax_scale, 0.0)[None, :]
-    ones = tl.where((t[:, None] == slot[None, :]) & live[:, None], 1.0, 0.0)  # [EC, BS]
-    return tl.dot(w, ones, input_precision="tf32")
+    at_part = (bh * splits + split) * GP + g
+    tl.store(part_best + at_part, best)
+    tl.store(part_total + at_part, tl.sum(total, 0))
+    zero_sum = tl.sum(zeros, 0)[None, :]
+    _store_part(part_out, at_part, acc0 + zero_sum, G, GP, 0, D, VW, UPG, VNP)
+    _store_part(part_out, at_part, acc1 + zero_sum, G, GP, 1, D, VW, UPG, VNP)
+    if UPG == 2:
+        _store_part(part_out, at_part, acc2 + zero_sum, G, GP, 2, D, VW, UPG, VNP)
+        _store_part(part_out, at_part, acc3 + zero_sum, G, GP, 3, D, VW, UPG, VNP)
 
 
 @triton.jit
 def _merge_kernel(
-    part_best, part_total, part_out, part_out2, out, splits,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HAS_V_OUT: tl.constexpr,
+    part_best, part_total, part_out, out, splits,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Fold the splits of one query head; a split that saw nothing has -inf and counts for nothing."""
     head = tl.program_id(0)
@@ -415,6 +721,4 @@ def _merge_kernel(
         weight = tl.exp2(tl.load(part_best + row) - best)
         total += tl.load(part_total + row) * weight
         acc += tl.load(part_out + row * D + d, mask=mask, other=0.0) * weight
-        if HAS_V_OUT:
-            acc += tl.load(part_out2 + row * D + d, mask=mask, other=0.0) * weight
     tl.store(out + head * D + d, (acc / total).to(out.dtype.element_ty), mask=mask)

@@ -200,7 +200,6 @@ def attend_exact_decode(
     )  # fmt: skip
     merged = torch.empty_like(query)
     decode._merge_kernel[(B * Hq,)](
-        best, total, out, out, merged, splits,
-        G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), HAS_V_OUT=False, num_warps=1,
+        best, total, out, merged, splits, G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=1,
     )  # fmt: skip
     return merged

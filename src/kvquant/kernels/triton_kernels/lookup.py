@@ -1,9 +1,15 @@
-"""From packed bytes to centroids inside a kernel: byte permutes on the GPU, plain loads in the interpreter.
+"""From packed words to fp16 numbers inside a kernel: byte permutes on the GPU, plain loads in the interpreter.
 
 A code selects a byte of a table held in two registers (PRMT: four look-ups an instruction), once for the low and once
 for the high byte of fp16 centroids; sixteen centroids take two tables and a select. That is 1.3, 1.5 and 2.9
-instructions per element at 2, 3 and 4 bits (counted below), where a shared-memory look-up stops at 32 elements per
-clock and multiprocessor.
+instructions per element at 2, 3 and 4 bits, where a shared-memory look-up stops at 32 elements per clock and
+multiprocessor. Keys go on in the same registers, two fp16 numbers an instruction: their channel's range and the
+rotation by their place in the block, 1.5 instructions per element.
+
+A unit is what one word (four neighbouring bytes of a plane) gives at once: four channels of two fields whose channels
+are D/2 apart, RoPE partners. A 4-bit word is one unit (its low and high nibbles), a 2-bit word two (fields 0 and 2, 1
+and 3; the second after a shift by two); 3 bits are 2-bit words with a word of third bits. All results are int32 words
+of two fp16 numbers.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
@@ -12,66 +18,118 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# One word holds four neighbouring bytes of a plane. The nibbles of (word & 0x33333333) select, in this order: byte 0
-# field 0, byte 0 field 2, byte 1 field 0, byte 1 field 2, ...; PRMT reads the lower four. Then 0x6240 joins low and
-# high bytes to the two halves of one field, 0x7351 to those of the other.
-_TAKE_2 = """
-    prmt.b32 l, {lo0}, {lo1}, s;
-    prmt.b32 h, {hi0}, {hi1}, s;
-    prmt.b32 {even}, l, h, 0x6240;
-    prmt.b32 {odd}, l, h, 0x7351;
-"""
+_TABLES = {2: 2, 3: 4, 4: 8}  # registers of a table: four bytes each, low bytes first
 
 
-def _two_bit_asm(high_plane: bool) -> tuple[str, str]:
-    """Assembly of four bytes of a 2-bit plane, with or without the 1-bit plane of 3-bit codes, and its constraints."""
-    inputs = 3 if high_plane else 1  # code bytes; bytes of the 1-bit plane; which of them to shift
-    tables = 4 if high_plane else 2
-    first = 8 + inputs
-    # A 32-bit argument comes once for each of the four packed elements; the first copy is used.
-    table = [f"${first + 4 * k}" for k in range(tables)]
-    lo0, hi0 = table[0], table[tables // 2]
-    lo1, hi1 = (table[1], table[3]) if high_plane else ("z", "z")
-    lines = ["{ .reg .b32 s, e, l, h, z, u; mov.b32 z, 0;"]
-    if high_plane:
-        # Channels of the upper half of the bytes have their bit one place higher.
-        lines.append("shr.u32 u, $9, 1; lop3.b32 u, $9, u, $10, 0xD8;")
-    for pair, shift in enumerate((0, 2)):
-        lines.append("mov.b32 s, $8;" if shift == 0 else "shr.u32 s, $8, 2;")
-        lines.append("and.b32 s, s, 0x33333333;")
-        if high_plane:
-            lines.append("shl.b32 e, u, 2;" if shift == 0 else "mov.b32 e, u;")
-            lines.append("and.b32 e, e, 0x44444444; or.b32 s, s, e;")
-        for half in range(2):
-            even, odd = f"${2 * pair + half}", f"${2 * (pair + 2) + half}"
-            lines.append(_TAKE_2.format(lo0=lo0, lo1=lo1, hi0=hi0, hi1=hi1, even=even, odd=odd))
-            if half == 0:
-                lines.append("shr.u32 s, s, 16;")
-    lines.append("}")
-    constraints = ",".join(["=&r"] * 8 + ["r"] * (inputs + 4 * tables))
-    return "\n".join(lines), constraints
+class _Operands:
+    """Hand out operand numbers in order."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def take(self, registers: int) -> list[str]:
+        """The next ``registers`` operands."""
+        self.count += registers
+        return [f"${k}" for k in range(self.count - registers, self.count)]
 
 
-def _four_bit_asm() -> tuple[str, str]:
-    """Assembly of four bytes of a 4-bit plane: both tables looked up, bit 3 of each code selects."""
-    t = [f"${5 + 4 * k}" for k in range(8)]
-    lines = ["{ .reg .b32 s, m, k, a, b, l, h, z, c; mov.b32 z, 0; mov.b32 c, 0xFF00;"]
-    lines.append("and.b32 s, $4, 0x77777777; shr.u32 m, $4, 3; and.b32 m, m, 0x11111111;")
+def _look_up(bits: int, table: list[str]) -> list[str]:
+    """Bytes l and h of the four codes that the lower half of ``s`` (and, at 4 bits, of ``m``) selects."""
+    lo, hi = table[: len(table) // 2], table[len(table) // 2 :]
+    if bits == 4:
+        return [
+            "prmt.b32 k, z, 0xFF, m;",
+            f"prmt.b32 a, {lo[0]}, {lo[1]}, s; prmt.b32 b, {lo[2]}, {lo[3]}, s; lop3.b32 l, a, b, k, 0xD8;",
+            f"prmt.b32 a, {hi[0]}, {hi[1]}, s; prmt.b32 b, {hi[2]}, {hi[3]}, s; lop3.b32 h, a, b, k, 0xD8;",
+        ]
+    second_lo, second_hi = (lo[1], hi[1]) if bits == 3 else ("z", "z")
+    return [f"prmt.b32 l, {lo[0]}, {second_lo}, s; prmt.b32 h, {hi[0]}, {second_hi}, s;"]
+
+
+def _select(bits: int, word: str, third: str) -> list[str]:
+    """Selectors ``s`` (and ``m``) from the nibbles of ``word`` and, for 3 bits, of ``third``."""
+    if bits == 4:
+        return [f"and.b32 s, {word}, 0x77777777; shr.u32 m, {word}, 1; and.b32 m, m, 0x44444444;"]
+    lines = [f"and.b32 s, {word}, 0x33333333;"]
+    if bits == 3:
+        lines.append(f"shl.b32 m, {third}, 2; lop3.b32 s, m, 0x44444444, s, 0xEA;")  # (m & mask) | s
+    return lines
+
+
+def _next_half(bits: int) -> str:
+    return "shr.u32 s, s, 16;" + (" shr.u32 m, m, 16;" if bits == 4 else "")
+
+
+_REGISTERS = "{ .reg .b32 s, m, k, a, b, l, h, z, t, w, u, x0, x1, y0, y1; mov.b32 z, 0;"
+
+
+def _key_assembly(bits: int, rotated: bool) -> tuple[str, str]:
+    """x01, x23, y01, y23 from: word, third bits (3 bits only), tables, scales and zeros of x and y, cosines, sines."""
+    operands = _Operands()
+    out = operands.take(4)
+    word, third = operands.take(1)[0], operands.take(1)[0] if bits == 3 else ""
+    table = operands.take(_TABLES[bits])
+    scale_x, zero_x, scale_y, zero_y = (operands.take(2) for _ in range(4))
+    cos, sin = (operands.take(2), operands.take(2)) if rotated else ([], [])
+    raw = ["x0", "x1", "y0", "y1"]
+    lines = [_REGISTERS, *_select(bits, word, third)]
     for half in range(2):
-        lines.append(f"""
-    prmt.b32 k, c, z, m;
-    prmt.b32 a, {t[0]}, {t[1]}, s; prmt.b32 b, {t[2]}, {t[3]}, s; lop3.b32 l, a, b, k, 0xD8;
-    prmt.b32 a, {t[4]}, {t[5]}, s; prmt.b32 b, {t[6]}, {t[7]}, s; lop3.b32 h, a, b, k, 0xD8;
-    prmt.b32 ${half}, l, h, 0x6240; prmt.b32 ${2 + half}, l, h, 0x7351;""")
+        lines += _look_up(bits, table)
+        lines.append(f"prmt.b32 {raw[half]}, l, h, 0x6240; prmt.b32 {raw[2 + half]}, l, h, 0x7351;")
         if half == 0:
-            lines.append("shr.u32 s, s, 16; shr.u32 m, m, 16;")
-    lines.append("}")
-    return "\n".join(lines), ",".join(["=&r"] * 4 + ["r"] * 33)
+            lines.append(_next_half(bits))
+    for half in range(2):
+        x, y = raw[half], raw[2 + half]
+        into = (x, y) if rotated else (out[half], out[2 + half])
+        lines.append(f"fma.rn.f16x2 {into[0]}, {x}, {scale_x[half]}, {zero_x[half]};")
+        lines.append(f"fma.rn.f16x2 {into[1]}, {y}, {scale_y[half]}, {zero_y[half]};")
+        if rotated:
+            lines.append(
+                f"neg.f16x2 t, {y}; mul.rn.f16x2 a, {x}, {cos[half]}; mul.rn.f16x2 b, {y}, {cos[half]};"
+            )
+            lines.append(f"fma.rn.f16x2 {out[half]}, t, {sin[half]}, a;")
+            lines.append(f"fma.rn.f16x2 {out[2 + half]}, {x}, {sin[half]}, b;")
+    return "\n".join([*lines, "}"]), ",".join(["=&r"] * 4 + ["r"] * (operands.count - 4))
 
 
-_ASM_2, _CONSTRAINTS_2 = (tl.constexpr(x) for x in _two_bit_asm(False))
-_ASM_3, _CONSTRAINTS_3 = (tl.constexpr(x) for x in _two_bit_asm(True))
-_ASM_4, _CONSTRAINTS_4 = (tl.constexpr(x) for x in _four_bit_asm())
+def _value_assembly(bits: int, field: int) -> tuple[str, str]:
+    """Channels 0 to 3 of one field, each a word of (token a, token b), from the two tokens' words.
+
+    Operands: a, b, their third bits (3 bits only), the unit's shift (2 and 3 bits), tables. The tokens' nibbles are
+    interleaved before the look-up, so that pairing tokens, as a tensor core wants them, costs a quarter of an
+    instruction per element.
+    """
+    operands = _Operands()
+    out = operands.take(4)
+    words = operands.take(2)
+    thirds = operands.take(2) if bits == 3 else []
+    shift = operands.take(1)[0] if bits < 4 else ""
+    table = operands.take(_TABLES[bits])
+    move = "shr.u32 t, {0}, 4; lop3.b32 {2}, t, {1}" if field else "shl.b32 t, {1}, 4; lop3.b32 {2}, {0}, t"
+    nibbles = move + ", 0x0F0F0F0F, 0xE4;"  # mask ? first : second
+    lines = [_REGISTERS, nibbles.format(*words, "w")]
+    if bits < 4:
+        lines.append(f"shr.u32 w, w, {shift};")
+    if bits == 3:
+        lines.append(nibbles.format(*thirds, "u") + f" shr.u32 u, u, {shift};")
+    lines += _select(bits, "w", "u")
+    for half in range(2):
+        lines += _look_up(bits, table)
+        lines.append(f"prmt.b32 {out[2 * half]}, l, h, 0x5140; prmt.b32 {out[2 * half + 1]}, l, h, 0x7362;")
+        if half == 0:
+            lines.append(_next_half(bits))
+    return "\n".join([*lines, "}"]), ",".join(["=&r"] * 4 + ["r"] * (operands.count - 4))
+
+
+_TURNED_2, _TURNED_2_C = (tl.constexpr(x) for x in _key_assembly(2, True))
+_TURNED_3, _TURNED_3_C = (tl.constexpr(x) for x in _key_assembly(3, True))
+_TURNED_4, _TURNED_4_C = (tl.constexpr(x) for x in _key_assembly(4, True))
+_KEY_2, _KEY_2_C = (tl.constexpr(x) for x in _key_assembly(2, False))
+_KEY_3, _KEY_3_C = (tl.constexpr(x) for x in _key_assembly(3, False))
+_KEY_4, _KEY_4_C = (tl.constexpr(x) for x in _key_assembly(4, False))
+_VALUE_2, _VALUE_2_C, _VALUE_2B, _ = (tl.constexpr(x) for f in (0, 1) for x in _value_assembly(2, f))
+_VALUE_3, _VALUE_3_C, _VALUE_3B, _ = (tl.constexpr(x) for f in (0, 1) for x in _value_assembly(3, f))
+_VALUE_4, _VALUE_4_C, _VALUE_4B, _ = (tl.constexpr(x) for f in (0, 1) for x in _value_assembly(4, f))
 
 
 @triton.jit
@@ -80,7 +138,7 @@ def _half_bits(table, i):
 
 
 @triton.jit
-def table_word(table, first, SHIFT: tl.constexpr):
+def _table_word(table, first, SHIFT: tl.constexpr):
     """Byte ``SHIFT // 8`` of four fp16 centroids, as one 32-bit word."""
     w = (_half_bits(table, first) >> SHIFT) & 255
     w |= ((_half_bits(table, first + 1) >> SHIFT) & 255) << 8
@@ -89,64 +147,193 @@ def table_word(table, first, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _plain(code, table):
-    return tl.load(table + code.to(tl.int32)).to(tl.float16)
+def load_tables(centroids, BITS: tl.constexpr):
+    """Words of the look-up tables, low bytes and high bytes; those a width has no use for repeat the first."""
+    lo0 = _table_word(centroids, 0, 0)
+    hi0 = _table_word(centroids, 0, 8)
+    lo1 = lo0
+    lo2 = lo0
+    lo3 = lo0
+    hi1 = hi0
+    hi2 = hi0
+    hi3 = hi0
+    if BITS >= 3:
+        lo1 = _table_word(centroids, 4, 0)
+        hi1 = _table_word(centroids, 4, 8)
+    if BITS == 4:
+        lo2 = _table_word(centroids, 8, 0)
+        hi2 = _table_word(centroids, 8, 8)
+        lo3 = _table_word(centroids, 12, 0)
+        hi3 = _table_word(centroids, 12, 8)
+    return lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3
 
 
 @triton.jit
-def fields_2(codes, lo0, hi0, table, INTERPRET: tl.constexpr):
-    """The four channels of every byte of a 2-bit plane, as fp16 centroids: four tiles of the shape of ``codes``."""
+def first_half(word):
+    """The lower fp16 number of each word."""
+    return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def second_half(word):
+    """The upper fp16 number of each word."""
+    return ((word >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _pack(low, high):
+    low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | ((high.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << 16)
+
+
+@triton.jit
+def _plain(word, third, shift, table, BYTE: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """The centroid of one byte's code, by a plain load: field 0 or 1 of the unit."""
+    if BITS == 4:
+        code = (word >> (8 * BYTE + 4 * FIELD)) & 15
+    else:
+        code = (word >> (8 * BYTE + 4 * FIELD + shift)) & 3
+        if BITS == 3:
+            code |= ((third >> (8 * BYTE + 4 * FIELD + shift)) & 1) << 2
+    return tl.load(table + code).to(tl.float16)
+
+
+@triton.jit
+def _plain_key_pair(
+    word, third, shift, table, scale_x, zero_x, scale_y, zero_y, cos, sin,
+    FIRST: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    xa = _plain(word, third, shift, table, FIRST, 0, BITS) * first_half(scale_x) + first_half(zero_x)
+    xb = _plain(word, third, shift, table, FIRST + 1, 0, BITS) * second_half(scale_x) + second_half(zero_x)
+    ya = _plain(word, third, shift, table, FIRST, 1, BITS) * first_half(scale_y) + first_half(zero_y)
+    yb = _plain(word, third, shift, table, FIRST + 1, 1, BITS) * second_half(scale_y) + second_half(zero_y)
+    if ROTATED:
+        ca = first_half(cos)
+        cb = second_half(cos)
+        sa = first_half(sin)
+        sb = second_half(sin)
+        x = _pack(xa * ca - ya * sa, xb * cb - yb * sb)
+        y = _pack(ya * ca + xa * sa, yb * cb + xb * sb)
+    else:
+        x = _pack(xa, xb)
+        y = _pack(ya, yb)
+    return x, y
+
+
+@triton.jit
+def key_words(
+    word, third, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3, table,
+    sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, c01, c23, s01, s23,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """A unit of keys: x01, x23 and their RoPE partners y01, y23, dequantized and rotated by their place in the block.
+
+    Args:
+        word, third: codes and, for 3 bits, third bits, int32 of any shape; ``third`` is not yet shifted by SHIFT.
+        lo0 to hi3, table: from :func:`load_tables`; the centroids themselves, fp32.
+        sx01 to zy23: scales and zeros of the unit's channels; c01 to s23: cosines and sines; words of two fp16 numbers.
+        SHIFT: 2 for the second unit of a 2 or 3-bit word, else 0.
+    """
+    OUT: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
+    if INTERPRET:
+        x01, y01 = _plain_key_pair(
+            word, third, SHIFT, table, sx01, zx01, sy01, zy01, c01, s01, 0, BITS, ROTATED
+        )
+        x23, y23 = _plain_key_pair(
+            word, third, SHIFT, table, sx23, zx23, sy23, zy23, c23, s23, 2, BITS, ROTATED
+        )
+        return x01, x23, y01, y23
+    elif BITS == 4:
+        if ROTATED:
+            return tl.inline_asm_elementwise(
+                _TURNED_4, _TURNED_4_C,
+                [word, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+                 c01, c23, s01, s23], dtype=OUT, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                _KEY_4, _KEY_4_C,
+                [word, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
+                dtype=OUT, is_pure=False, pack=1,
+            )  # fmt: skip
+    elif BITS == 3:
+        if ROTATED:
+            return tl.inline_asm_elementwise(
+                _TURNED_3, _TURNED_3_C,
+                [word >> SHIFT, third >> SHIFT, lo0, lo1, hi0, hi1, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+                 c01, c23, s01, s23], dtype=OUT, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                _KEY_3, _KEY_3_C,
+                [word >> SHIFT, third >> SHIFT, lo0, lo1, hi0, hi1, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
+                dtype=OUT, is_pure=False, pack=1,
+            )  # fmt: skip
+    else:
+        if ROTATED:
+            return tl.inline_asm_elementwise(
+                _TURNED_2, _TURNED_2_C,
+                [word >> SHIFT, lo0, hi0, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, c01, c23, s01, s23],
+                dtype=OUT, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                _KEY_2, _KEY_2_C,
+                [word >> SHIFT, lo0, hi0, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
+                dtype=OUT, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@triton.jit
+def _plain_tokens(
+    a, b, third_a, third_b, shift, table, BYTE: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr
+):
+    return _pack(
+        _plain(a, third_a, shift, table, BYTE, FIELD, BITS),
+        _plain(b, third_b, shift, table, BYTE, FIELD, BITS),
+    )
+
+
+@triton.jit
+def value_words(
+    a, b, third_a, third_b, shift, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3, table,
+    FIELD: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One field of a unit of values of two tokens: its channels 0 to 3, words of (a, b).
+
+    ``shift`` is 2 for the second unit of a 2 or 3-bit word, else 0, int32 of a shape that broadcasts.
+    """
+    OUT: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
     if INTERPRET:
         return (
-            _plain(codes & 3, table),
-            _plain((codes >> 2) & 3, table),
-            _plain((codes >> 4) & 3, table),
-            _plain((codes >> 6) & 3, table),
+            _plain_tokens(a, b, third_a, third_b, shift, table, 0, FIELD, BITS),
+            _plain_tokens(a, b, third_a, third_b, shift, table, 1, FIELD, BITS),
+            _plain_tokens(a, b, third_a, third_b, shift, table, 2, FIELD, BITS),
+            _plain_tokens(a, b, third_a, third_b, shift, table, 3, FIELD, BITS),
         )
+    elif BITS == 4:
+        return tl.inline_asm_elementwise(
+            _VALUE_4B if FIELD else _VALUE_4, _VALUE_4_C,
+            [a, b, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3], dtype=OUT, is_pure=False, pack=1,
+        )  # fmt: skip
+    elif BITS == 3:
+        return tl.inline_asm_elementwise(
+            _VALUE_3B if FIELD else _VALUE_3, _VALUE_3_C,
+            [a, b, third_a, third_b, shift, lo0, lo1, hi0, hi1], dtype=OUT, is_pure=False, pack=1,
+        )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            _ASM_2,
-            _CONSTRAINTS_2,
-            [codes, lo0, hi0],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
+            _VALUE_2B if FIELD else _VALUE_2, _VALUE_2_C,
+            [a, b, shift, lo0, hi0], dtype=OUT, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
-def fields_3(codes, high, upper, lo0, lo1, hi0, hi1, table, INTERPRET: tl.constexpr):
-    """As :func:`fields_2` for 3-bit codes; ``upper`` is 255 where a byte's bits lie one place higher in ``high``."""
+def equal(x, y, INTERPRET: tl.constexpr):
+    """1.0 where fp16 numbers are equal, else 0.0: two comparisons an instruction."""
     if INTERPRET:
-        bit = tl.where(upper != 0, high >> 1, high)
-        return (
-            _plain((codes & 3) | ((bit & 1) << 2), table),
-            _plain(((codes >> 2) & 3) | (((bit >> 2) & 1) << 2), table),
-            _plain(((codes >> 4) & 3) | (((bit >> 4) & 1) << 2), table),
-            _plain(((codes >> 6) & 3) | (((bit >> 6) & 1) << 2), table),
-        )
+        return tl.where(x == y, 1.0, 0.0).to(tl.float16)
     else:
         return tl.inline_asm_elementwise(
-            _ASM_3,
-            _CONSTRAINTS_3,
-            [codes, high, upper, lo0, lo1, hi0, hi1],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-
-
-@triton.jit
-def fields_4(codes, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3, table, INTERPRET: tl.constexpr):
-    """The two channels of every byte of a 4-bit plane, as fp16 centroids."""
-    if INTERPRET:
-        return _plain(codes & 15, table), _plain((codes >> 4) & 15, table)
-    else:
-        return tl.inline_asm_elementwise(
-            _ASM_4,
-            _CONSTRAINTS_4,
-            [codes, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
+            "set.eq.f16x2.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.float16, is_pure=True, pack=2
         )

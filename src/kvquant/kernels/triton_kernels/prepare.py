@@ -1,0 +1,113 @@
+"""What the decode kernel needs of a call that depends on neither block nor token, in one launch before it.
+
+The decode kernel's threads read their queries, ranges and angles as words of two fp16 numbers, laid out here in the
+order in which they want them: a unit n is (word c of a lane's share of the row, half of that word's fields), lane r of
+four takes byte k = 0 to 3 of it, and both fields x and y of the byte, D/2 channels apart.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _power_of_two(size):
+    """The next power of two, 1 for 0: dividing by it rounds nothing, so that fp16 queries stay what they are."""
+    return tl.exp2(tl.ceil(tl.log2(tl.where(size > 0, size, 1.0))))
+
+
+@triton.jit
+def _prepare_kernel(
+    # [B, H, G, D]; [H, D] twice; centroids; rotary tables fp32 [>= BS, D/2] twice, [tiles, D/2] twice
+    query, key_zero, key_scale, key_centroids, offset_cos, offset_sin, base_cos, base_sin,
+    # Results, fp16 unless said otherwise: [BH, units, GP, 4 r, (x, y) * 4 k], [BH, D, GP],
+    # [BH, units, 4 r, (scale x, zero x, scale y, zero y) * 4 k], fp32 [BH, D], fp32 [BH, 2],
+    # [BS, units, 4 r, (cos, sin) * 4 k], [M, units, 4 r, (cos, sin) * 4 k], fp32 [M, (cos, sin), D/2]
+    q_words, q_half, affine, floor, unit, angles, bases, wide_bases,
+    heads, H, bpt, factor,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
+    CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Programs below ``heads`` serve a (sequence, KV head), the next BS a row of the in-block table, the rest a block.
+
+    Queries and keys are scaled by the head's largest so that fp16 holds them; ``unit[0]`` undoes that and carries
+    ``factor`` (the softmax scale, times log2(e) where nothing comes between). A block's base is the angle of its first
+    token: queries are turned back by it, keys on by their place in the block.
+    """
+    HALF: tl.constexpr = D // 2
+    UNITS: tl.constexpr = CPL * NP
+    program = tl.program_id(0)
+    place = tl.arange(0, PLACES)  # (n, r, k)
+    n = place // 16
+    r = (place // 4) % 4
+    k = place % 4
+    word = r * CPL + n // NP
+    channel = (n % NP) * W + word * 4 + k
+    inside = (n < UNITS) & (word * 4 + k < W)
+    if program < heads:
+        h = program % H
+        d = tl.arange(0, DP)
+        zero = tl.load(key_zero + h * D + d, mask=d < D, other=0.0)
+        scale = tl.load(key_scale + h * D + d, mask=d < D, other=0.0)
+        k_size = tl.max(scale, 0) * 1.5 + tl.max(tl.abs(zero), 0)
+        k_size = _power_of_two(k_size)
+        g = tl.arange(0, GP)
+        q_mask = (g[None, :] < G) & (d[:, None] < D)
+        q = tl.load(query + (program * G + g[None, :]) * D + d[:, None], mask=q_mask, other=0.0).to(
+            tl.float32
+        )
+        q_size = tl.max(tl.max(tl.abs(q), 1), 0) * 2.0
+        q_size = _power_of_two(q_size)
+        tl.store(
+            q_half + (program * D + d[:, None]) * GP + g[None, :],
+            (q / q_size).to(tl.float16),
+            mask=d[:, None] < D,
+        )
+        tl.store(floor + program * D + d, (zero + scale * tl.load(key_centroids)) / k_size, mask=d < D)
+        tl.store(unit + program * 2, factor * k_size * q_size)
+        tl.store(unit + program * 2 + 1, 1.0 / k_size)
+        for side in tl.static_range(2):
+            c = channel + side * HALF
+            at = affine + ((program * UNITS + n) * 4 + r) * 16 + side * 8 + k
+            s = tl.load(key_scale + h * D + c, mask=inside, other=0.0)
+            z = tl.load(key_zero + h * D + c, mask=inside, other=0.0)
+            tl.store(at, (s / k_size).to(tl.float16), mask=n < UNITS)
+            tl.store(at + 4, (z / k_size).to(tl.float16), mask=n < UNITS)
+            x = tl.load(
+                query + (program * G + g[None, :]) * D + c[:, None],
+                mask=(g[None, :] < G) & inside[:, None],
+                other=0.0,
+            ).to(tl.float32)
+            to = (
+                (((program * UNITS + n)[:, None] * GP + g[None, :]) * 4 + r[:, None]) * 8
+                + side * 4
+                + k[:, None]
+            )
+            tl.store(q_words + to, (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None])
+    elif program < heads + BS:
+        row = program - heads
+        cos = tl.load(offset_cos + row * HALF + channel, mask=inside, other=0.0)
+        sin = tl.load(offset_sin + row * HALF + channel, mask=inside, other=0.0)
+        at = angles + ((row * UNITS + n) * 4 + r) * 8 + k
+        tl.store(at, cos.to(tl.float16), mask=n < UNITS)
+        tl.store(at + 4, sin.to(tl.float16), mask=n < UNITS)
+    else:
+        column = program - heads - BS
+        tile = (column // bpt) * HALF + channel
+        offset = (column % bpt) * BS * HALF + channel
+        cb = tl.load(base_cos + tile, mask=inside, other=1.0)
+        sb = tl.load(base_sin + tile, mask=inside, other=0.0)
+        co = tl.load(offset_cos + offset, mask=inside, other=1.0)
+        so = tl.load(offset_sin + offset, mask=inside, other=0.0)
+        inverse = tl.rsqrt(
+            co * co + so * so
+        )  # the offset table carries the model's attention scaling, the base must not
+        at = bases + ((column * UNITS + n) * 4 + r) * 8 + k
+        cos = (cb * co - sb * so) * inverse
+        sin = (sb * co + cb * so) * inverse
+        tl.store(at, cos.to(tl.float16), mask=n < UNITS)
+        tl.store(at + 4, sin.to(tl.float16), mask=n < UNITS)
+        tl.store(wide_bases + column * D + channel, cos, mask=inside)
+        tl.store(wide_bases + column * D + HALF + channel, sin, mask=inside)
