@@ -146,7 +146,7 @@ def decode_call(case: Case, device: str) -> Call:
 
     quantizer = BatchedKVQuantizer.calibrate(spec, numbers(256).cpu(), numbers(256).cpu()).to(device)
     layout = BlockLayout(spec, 1, H, D, case.dtype, BS, 4.0)
-    blocks = sum(layout.blocks_for(n) for n in case.lengths)
+    blocks = sum(layout.blocks_for(n + 3) for n in case.lengths)  # three more tokens are refused later
     pool = BlockPool(layout, blocks, max_sequences=len(case.lengths), device=device)
     rows = [pool.add_sequence() for _ in case.lengths]
     store = pool.layers[0]
@@ -161,8 +161,9 @@ def decode_call(case: Case, device: str) -> Call:
         assert int(pool.spill_top) < pool.num_chunks
     rope = None
     if case.rotated:
+        tiles = -(-max(case.lengths) // (2 * BS))
         frequency = 1 / 10000 ** (torch.arange(0, D, 2) / D)
-        offset, base = (torch.arange(n)[:, None] * f * frequency for n, f in ((2 * BS, 1), (20, 2 * BS)))
+        offset, base = (torch.arange(n)[:, None] * f * frequency for n, f in ((2 * BS, 1), (tiles, 2 * BS)))
         tables = (offset.cos() * case.scaling, offset.sin() * case.scaling, base.cos(), base.sin())
         rope = Rope(*(table.to(device) for table in tables))
     # Half of a normal query: logits of these wide keys then spread over a few nats, as a trained model's do.

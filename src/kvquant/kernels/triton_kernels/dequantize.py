@@ -18,7 +18,7 @@ from torch import Tensor
 from kvquant.kernels import KeyStore, LayerConstants, Rope, ValueStore, fused_read
 
 _ENTRIES = 64  # outliers put back at a time
-_WARPS = 8
+_WARPS = 4
 
 
 @triton.jit
