@@ -58,8 +58,10 @@ def test_prefill_reports_quality_memory_time_and_energy(run, tmp_path) -> None:
     assert quantized["effective_bits"] < exact["effective_bits"] / 2
     assert sum(quantized["parts_bytes"].values()) == quantized["held_bytes"]
     assert 0.002 < quantized["key_outlier_fraction"] < 0.05
-    assert metrics["quality"]["kl_mean"] > 0
-    assert metrics["quality"]["perplexity_exact"] > 1
+    quality = metrics["quality"]
+    assert quality["kl_mean"] > 0 and quality["perplexity_exact"] > 1 and quality["prompts_compared"] == 3
+    for name in ("perplexity_excess_percent", "kl_mean", "top1_agreement"):
+        assert quality[f"{name}_low"] < quality[name] < quality[f"{name}_high"]
     assert metrics["capacity"]["sequences_quantized"] > metrics["capacity"]["sequences_exact"]
     assert metrics["energy"]["quantized"]["energy_kind"] == "estimated"
     assert len(result["provenance"]["model_hash"]) == len(result["provenance"]["data_hash"]) == 64

@@ -8,6 +8,7 @@ after a warm-up of its own, and finished ones keep their numbers.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from typing import Any
 
@@ -22,6 +23,7 @@ from kvquant.errors import DataError
 from kvquant.measure import LogitComparison, Stopwatch, compare_logits
 from kvquant.models import QuantizedCache, quantized_kv_cache
 from kvquant.report.prefill_figures import draw_prefill_figures
+from kvquant.statistics import mean_interval
 from kvquant.tasks.prefill_table import prefill_table
 from kvquant.tasks.setup import Workbench, open_workbench, progress
 
@@ -60,7 +62,7 @@ def run(cfg: Any, context: Any) -> None:
         # The prompt's own tokens were read exactly: nothing was compared.
         metrics["quality"] = {"skipped": "cache.prefill_reads=exact"}
     else:
-        metrics["quality"] = comparison.metrics()
+        metrics["quality"] = {**comparison.metrics(), **_intervals(comparison, lengths)}
     metrics["capacity"] = _capacity(bench, variants, lengths)
     metrics.update(_measure_times(bench, context, variants, prompts))
 
@@ -91,6 +93,23 @@ def _compared(
         arrays = {name: tensor.numpy() for name, tensor in vars(comparison).items()}
         item = context.items.commit("comparison", memory, arrays)
     return LogitComparison(**{name: torch.from_numpy(a) for name, a in item.arrays.items()}), item.values
+
+
+def _intervals(comparison: LogitComparison, lengths: list[int]) -> dict[str, Any]:
+    """95% intervals over prompts (tokens of one prompt are not independent) of what `metrics` gives as means."""
+    predicted = [n - 1 for n in lengths if n > 1]
+    out: dict[str, Any] = {"prompts_compared": len(predicted)}
+    if len(predicted) < 2:
+        return out
+    delta = comparison.quantized_nll.double() - comparison.exact_nll.double()
+    for name, per_token, shown in (
+        ("perplexity_excess_percent", delta, lambda x: 100 * math.expm1(x)),
+        ("kl_mean", comparison.kl.double(), float),
+        ("top1_agreement", comparison.agrees.double(), float),
+    ):
+        interval = mean_interval([float(part.sum()) for part in per_token.split(predicted)], predicted)
+        out[f"{name}_low"], out[f"{name}_high"] = shown(interval.low), shown(interval.high)
+    return out
 
 
 def _compare(

@@ -28,16 +28,29 @@ def prefill_table(metrics: dict[str, Any], cfg: Any) -> tuple[str, list[str], li
 def _quality(q: dict[str, Any]) -> list[Row]:
     if "skipped" in q:
         return [["quality of the prompt", "", "", f"not measured: {q['skipped']}"]]
+    n = q["prompts_compared"]
     return [
         [
-            "perplexity of the prompts",
+            f"perplexity of the prompts (95% intervals over n = {n})",
             f"{q['perplexity_exact']:.3f}",
             f"{q['perplexity_quantized']:.3f}",
-            f"{q['perplexity_difference']:+.3f} ({q['perplexity_excess_percent']:+.2f}%)",
+            f"{q['perplexity_excess_percent']:+.2f}%{_range(q, 'perplexity_excess_percent', '+.2f')}",
         ],
-        ["next-token KL (mean, nats)", "0", f"{q['kl_mean']:.2e}", ""],
-        ["top-1 agreement", "100%", f"{100 * q['top1_agreement']:.2f}%", ""],
+        ["next-token KL (nats)", "0", f"{q['kl_mean']:.2e}", _range(q, "kl_mean", ".2e").strip()],
+        [
+            "top-1 agreement",
+            "100%",
+            f"{100 * q['top1_agreement']:.2f}%",
+            _range(q, "top1_agreement", ".2%").strip(),
+        ],
     ]
+
+
+def _range(q: dict[str, Any], name: str, form: str) -> str:
+    """`` [low, high]``, or nothing where a single prompt gives no interval."""
+    if f"{name}_low" not in q:
+        return ""
+    return f" [{format(q[f'{name}_low'], form)}, {format(q[f'{name}_high'], form)}]"
 
 
 def _memory(metrics: dict[str, Any]) -> list[Row]:

@@ -24,272 +24,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvquant.kernels.triton_kernels.lookup import (
-    equal,
-    first_half,
-    key_words,
-    load_tables,
-    second_half,
-    value_words,
+from kvquant.kernels.triton_kernels.fragments import (
+    column_of,
+    flat,
+    four_columns,
+    key_side,
+    load_words,
+    query_side,
+    row_of,
+    rows_equal,
+    stack,
+    tokens_equal,
+    turned_back,
+    value_tile,
 )
+from kvquant.kernels.triton_kernels.lookup import key_words, load_tables
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(
     32000.0
-)  # of a difference; queries are below a half, so that fp16 holds the sum of two products
+)  # of a difference: queries are at most a half, fp16 holds the sum of two products
 WEIGHT_SCALE = tl.constexpr(
     16384.0
 )  # small weights, which large outliers may have, would be subnormal in fp16
 WARPS = 2  # the tensors of 64 threads are made for it
-
-
-@triton.jit
-def _stack(pointer, inside, LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
-    """N loads of one shape, joined in registers, [..., 2, 2, ...]: their offsets count LO once, HI, 2 HI, 4 HI.
-
-    One load a register instead of one load of all of them, because only then do all compilers leave the threads where
-    they are.
-    """
-    if N == 1:
-        if MASKED:
-            return tl.load(pointer, mask=inside, other=0)
-        else:
-            return tl.load(pointer)
-    elif N == 2:
-        return tl.join(
-            _stack(pointer, inside, LO, HI, 1, MASKED), _stack(pointer + LO, inside, LO, HI, 1, MASKED)
-        )
-    else:
-        return tl.join(
-            _stack(pointer, inside, LO, HI, N // 2, MASKED),
-            _stack(pointer + (N // 4) * HI, inside, LO, HI, N // 2, MASKED),
-        )
-
-
-@triton.jit
-def _byte(pointer, inside, ROW: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr):
-    return _stack(pointer, inside, LO * ROW, HI * ROW, N, True).to(tl.int32)
-
-
-@triton.jit
-def _load_words(
-    codes, row, word, W: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr,
-    LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Words ``word`` of the rows numbered ``row`` and of N - 1 further ones (:func:`_stack`), and their third bits.
-
-    Third bits (of 3-bit codes; else the words again) come shifted into place.
-    """
-    inside = word < WORDS
-    upper = tl.where(word >= W // 8, 1, 0)
-    for _ in tl.static_range(0 if N == 1 else (1 if N == 2 else (2 if N == 4 else (3 if N == 8 else 4)))):
-        upper = tl.join(upper, upper)
-    if W % 8 == 0 or (BITS != 3 and W % 4 == 0):
-        base = codes.to(tl.pointer_type(tl.int32)) + row * (ROW // 4)
-        words = _stack(base + word, inside, LO * (ROW // 4), HI * (ROW // 4), N, MASKED)
-        third = words
-        if BITS == 3:
-            at = base + W // 4 + word % (W // 8)
-            third = _stack(at, inside, LO * (ROW // 4), HI * (ROW // 4), N, MASKED) >> upper
-    else:  # rows of 3-bit codes that no word boundary divides
-        words = _byte(codes + row * ROW + word * 4, inside & (word * 4 < W), ROW, LO, HI, N)
-        third = words
-        for k in tl.static_range(1, 4):
-            byte = word * 4 + k
-            words |= _byte(codes + row * ROW + byte, inside & (byte < W), ROW, LO, HI, N) << (8 * k)
-        if BITS == 3:
-            third = tl.zeros_like(words)
-            for k in tl.static_range(4):
-                byte = word * 4 + k
-                ok = inside & (byte < W)
-                low = _byte(codes + row * ROW + W + byte % (W // 2), ok & (byte < W // 2), ROW, LO, HI, N)
-                high = _byte(codes + row * ROW + W + byte % (W // 2), ok & (byte >= W // 2), ROW, LO, HI, N)
-                third |= (low | (high >> 1)) << (8 * k)
-    return words, third
-
-
-@triton.jit
-def _flat(x, N: tl.constexpr):
-    return tl.reshape(x, (64, N))
-
-
-@triton.jit
-def _column(x, C: tl.constexpr, N: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
-    """Column C of [T, N, (R)], [T, R]."""
-    if N > 1:
-        even, odd = tl.split(tl.permute(tl.reshape(x, (T, N // 2, 2, R)), (0, 1, 3, 2)))
-        return _column(odd if C % 2 else even, C // 2, N // 2, R, T)
-    else:
-        return tl.reshape(x, (T, R))
-
-
-@triton.jit
-def _four(x, R: tl.constexpr, T: tl.constexpr):
-    """The four columns of [T, 4, (R)], [T, R] each."""
-    return _column(x, 0, 4, R, T), _column(x, 1, 4, R, T), _column(x, 2, 4, R, T), _column(x, 3, 4, R, T)
-
-
-@triton.jit
-def _key_side(low, high, R: tl.constexpr):
-    """Words of a thread's columns (0, 1) and (2, 3), [64, R] each, as [R * 16, 16] fp16."""
-    x = tl.join(
-        tl.join(first_half(low), second_half(low)), tl.join(first_half(high), second_half(high))
-    )  # [64, R, b, i]
-    if R == 8:
-        x = tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2))  # warp; q; r; row: 8, 32, 64; b; i
-        x = tl.permute(x, (5, 4, 0, 3, 1, 2, 7, 6))
-    else:
-        x = tl.reshape(x, (2, 8, 4, 2, R // 2, 2, 2))  # warp; q; r; row: 8, 32; b; i
-        x = tl.permute(x, (4, 0, 3, 1, 2, 6, 5))
-    return tl.reshape(x, (R * 16, 16))
-
-
-@triton.jit
-def _query_side(low, high, NG: tl.constexpr):
-    """Words [32, NG] of query heads in fours of lanes as [16, 8 NG] fp16."""
-    x = tl.join(tl.join(first_half(low), second_half(low)), tl.join(first_half(high), second_half(high)))
-    if NG == 4:
-        x = tl.reshape(x, (8, 4, 2, 2, 2, 2))  # head: 1; r; head: 8, 16; b; i
-        x = tl.permute(x, (1, 5, 4, 3, 2, 0))
-    else:
-        x = tl.reshape(x, (8, 4, NG, 2, 2))  # head: 1; r; head: 8; b; i
-        x = tl.permute(x, (1, 4, 3, 2, 0))
-    return tl.reshape(x, (16, NG * 8))
-
-
-@triton.jit
-def _value_pair(even, odd):
-    """Words of (two tokens) of channels 2c and 2c + 1: [64, S, token, channel] fp16."""
-    return tl.join(tl.join(first_half(even), second_half(even)), tl.join(first_half(odd), second_half(odd)))
-
-
-@triton.jit
-def _value_tile(
-    a, b, third_a, third_b, shift, t0, t1, t2, t3, t4, t5, t6, t7, table,
-    FIELD: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """One field of a unit of values of every thread, [64 channels, 8 S tokens] fp16; rows as :func:`_channel_of_row`."""
-    w0, w1, w2, w3 = value_words(
-        a, b, third_a, third_b, shift, t0, t1, t2, t3, t4, t5, t6, t7, table, FIELD, BITS, INTERPRET
-    )
-    x = tl.join(_value_pair(w0, w1), _value_pair(w2, w3))  # [64, S, token, channel, channel pair]
-    # warp; q; r; tokens: 2, 16, 32, 64; token; channel; pair
-    if S == 4:
-        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2)), (7, 0, 6, 1, 4, 2, 3, 5))
-    elif S == 8:
-        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2, 2)), (8, 0, 7, 1, 5, 4, 2, 3, 6))
-    else:
-        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2, 2, 2)), (9, 0, 8, 1, 6, 5, 4, 2, 3, 7))
-    return tl.reshape(x, (64, S * 8))
-
-
-@triton.jit
-def _turned(x01, x23, y01, y23, c01, c23, s01, s23, INTERPRET: tl.constexpr):
-    """Queries turned back by an angle: x cos + y sin, y cos - x sin, words of two fp16 numbers."""
-    if INTERPRET:
-        return (
-            _half_rotation(x01, y01, c01, s01, 1.0),
-            _half_rotation(x23, y23, c23, s23, 1.0),
-            _half_rotation(y01, x01, c01, s01, -1.0),
-            _half_rotation(y23, x23, c23, s23, -1.0),
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 t, a;
-            mul.rn.f16x2 a, $4, $8; fma.rn.f16x2 $0, $6, $10, a;
-            mul.rn.f16x2 a, $5, $9; fma.rn.f16x2 $1, $7, $11, a;
-            neg.f16x2 t, $4; mul.rn.f16x2 a, $6, $8; fma.rn.f16x2 $2, t, $10, a;
-            neg.f16x2 t, $5; mul.rn.f16x2 a, $7, $9; fma.rn.f16x2 $3, t, $11, a; }""",
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
-            [x01, x23, y01, y23, c01, c23, s01, s23],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
-def _half_rotation(x, y, c, s, sign):
-    low = first_half(x) * first_half(c) + first_half(y) * first_half(s) * sign
-    high = second_half(x) * second_half(c) + second_half(y) * second_half(s) * sign
-    low = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | ((high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << 16)
-
-
-@triton.jit
-def _small(number):
-    """Numbers below 1024 as fp16 numbers to compare: 1024 + number, by setting bits."""
-    return ((number & 1023) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _thread_row():
-    """Of every 32 rows of a product, the first that each thread holds, [64, 1]."""
-    thread = tl.arange(0, 64)[:, None]
-    return (thread // 32) * 16 + (thread % 32) // 4
-
-
-@triton.jit
-def _entries_equal(
-    rows, index, last, origin, D: tl.constexpr, DIVIDE: tl.constexpr, R: tl.constexpr, INTERPRET: tl.constexpr
-):  # fmt: skip
-    """:func:`_rows_equal` of 16 entries, still [64, R, 4]: a register's row and its entry of four.
-
-    The compiler keeps the layout in which the entries are loaded only as long as no dimension is added after that.
-    """
-    first = (tl.arange(0, 64)[:, None, None] % 4) * 4
-    number = tl.load(index + first + tl.arange(0, 4)[None, None, :], mask=first < last, other=0)
-    number = number.to(tl.int32) & 0xFFFF
-    number = number // D if DIVIDE else tl.where(origin < 0, number % D, number - origin)
-    shape: tl.constexpr = (64, R, 4)
-    return equal(tl.broadcast_to(_small(number), shape), tl.broadcast_to(_small(rows), shape), INTERPRET)
-
-
-@triton.jit
-def _rows_equal(
-    rows, index, last, origin, D: tl.constexpr, DIVIDE: tl.constexpr, R: tl.constexpr, INTERPRET: tl.constexpr
-):  # fmt: skip
-    """The 0/1 matrix [16 R, 32]: does entry e, if below ``last`` (a multiple of four more may be read), belong to this row?
-
-    Args:
-        rows: each register's row number, [64, R, 1]: of tokens if DIVIDE, else of channels.
-        index: numbers token * D + channel, or of the layer's channels, of which this head's begin at ``origin`` >= 0.
-    """
-    one = tl.join(
-        _entries_equal(rows, index, last, origin, D, DIVIDE, R, INTERPRET),
-        _entries_equal(rows, index + 16, last - 16, origin, D, DIVIDE, R, INTERPRET),
-    )
-    one = tl.reshape(one, (2, 8, 4, R // 2, 2, 4, 2))  # warp; q; r; row: 32, 8; entry: 1, 16
-    return tl.reshape(tl.permute(one, (3, 0, 4, 1, 6, 2, 5)), (R * 16, 32))
-
-
-@triton.jit
-def _places_equal(
-    index, first, begin, end, closed, D: tl.constexpr, BS: tl.constexpr, V_ENTRIES: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """:func:`_tokens_equal` of the first or second rows that 64 threads hold, still [64, BS / 4]."""
-    at = first + _thread_row()  # [64, 1]
-    inside = (at >= begin) & (at < end)
-    number = tl.load(index + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
-    token = tl.where(closed, number // D, at // V_ENTRIES)
-    column = tl.arange(0, BS // 4)[None, :]
-    column = (column // 4) * 16 + (tl.arange(0, 64)[:, None] % 4) * 4 + column % 4
-    return equal(tl.broadcast_to(_small(token), (64, BS // 4)), _small(column), INTERPRET)
-
-
-@triton.jit
-def _tokens_equal(
-    index, first, begin, end, closed, D: tl.constexpr, BS: tl.constexpr, V_ENTRIES: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """The 0/1 matrix [32, BS]: is entry ``first + e`` of value outliers of this token of the block?"""
-    one = tl.join(
-        _places_equal(index, first, begin, end, closed, D, BS, V_ENTRIES, INTERPRET),
-        _places_equal(index, first + 8, begin, end, closed, D, BS, V_ENTRIES, INTERPRET),
-    )
-    one = tl.reshape(one, (2, 8, 4, BS // 16, 4, 2))  # warp; q; r; token: 16, 1; entry: 8
-    return tl.reshape(tl.permute(one, (0, 5, 1, 3, 2, 4)), (32, BS))
 
 
 @triton.jit
@@ -316,13 +74,6 @@ def _key_differences(
         return own * ((cb * co - sb * so) * delta)[:, None] + other * ((sb * co + cb * so) * side)[:, None]
     else:
         return own * delta[:, None]
-
-
-@triton.jit
-def _row_of(R: tl.constexpr):
-    """The row of a product that each register of each thread holds, [64, R, 1]."""
-    p = tl.arange(0, R)[None, :, None]
-    return _thread_row()[:, :, None] + (p // 2) * 32 + (p % 2) * 8
 
 
 @triton.jit
@@ -427,7 +178,7 @@ def _decode_kernel(
     for column in range(begin, end):
         block = tl.load(block_table + b * table_stride + column).to(tl.int64)
         row0 = (block * H + h) * BS
-        codes, third = _load_words(
+        codes, third = load_words(
             key_codes + row0 * K_ROW,
             first_row[:, None],
             key_word,
@@ -449,23 +200,25 @@ def _decode_kernel(
         # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
         scores = tl.zeros((BS, GP), tl.float32)
         for c in tl.static_range(CPL):
-            word = _column(codes, c, CPLP, R, 64)
-            bits3 = _column(third, c, CPLP, R, 64)
+            word = column_of(codes, c, CPLP, R, 64)
+            bits3 = column_of(third, c, CPLP, R, 64)
             for half in tl.static_range(KNP):
                 n = c * KNP + half
                 ranges = affine + ((n * 4 + r) * 8)[:, None] + four
-                sx01, sx23, zx01, zx23 = _four(tl.load(ranges), 1, 64)
-                sy01, sy23, zy01, zy23 = _four(tl.load(ranges + 4), 1, 64)
+                sx01, sx23, zx01, zx23 = four_columns(tl.load(ranges), 1, 64)
+                sy01, sy23, zy01, zy23 = four_columns(tl.load(ranges + 4), 1, 64)
                 at = q_words + ((n * GP + lane // 4) * 4 + lane % 4) * 4
-                x01 = tl.reshape(_stack(at, True, 128, 256, NG, False), (32, NG))
-                x23 = tl.reshape(_stack(at + 1, True, 128, 256, NG, False), (32, NG))
-                y01 = tl.reshape(_stack(at + 2, True, 128, 256, NG, False), (32, NG))
-                y23 = tl.reshape(_stack(at + 3, True, 128, 256, NG, False), (32, NG))
+                x01 = tl.reshape(stack(at, True, 128, 256, NG, False), (32, NG))
+                x23 = tl.reshape(stack(at + 1, True, 128, 256, NG, False), (32, NG))
+                y01 = tl.reshape(stack(at + 2, True, 128, 256, NG, False), (32, NG))
+                y23 = tl.reshape(stack(at + 3, True, 128, 256, NG, False), (32, NG))
                 if ROTATED:
                     t = angle_words + ((first_row * UNITS * 4 + r) * 4 + n * 16)[:, None] + four
-                    c01, c23, s01, s23 = _four(_stack(t, True, UNITS * 128, UNITS * 512, R, False), R, 64)
+                    c01, c23, s01, s23 = four_columns(
+                        stack(t, True, UNITS * 128, UNITS * 512, R, False), R, 64
+                    )
                     o = base_words + ((column * UNITS + n) * 4 + lane % 4) * 4
-                    x01, x23, y01, y23 = _turned(
+                    x01, x23, y01, y23 = turned_back(
                         x01, x23, y01, y23, tl.load(o)[:, None], tl.load(o + 1)[:, None], tl.load(o + 2)[:, None],
                         tl.load(o + 3)[:, None], INTERPRET,
                     )  # fmt: skip
@@ -476,8 +229,8 @@ def _decode_kernel(
                     sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
                     c01, c23, s01, s23, 2 * half, KB, ROTATED, INTERPRET,
                 )  # fmt: skip
-                scores = tl.dot(_key_side(k01, k23, R), _query_side(x01, x23, NG), scores)
-                scores = tl.dot(_key_side(l01, l23, R), _query_side(y01, y23, NG), scores)
+                scores = tl.dot(key_side(k01, k23, R), query_side(x01, x23, NG), scores)
+                scores = tl.dot(key_side(l01, l23, R), query_side(y01, y23, NG), scores)
         if K_BASE > 0:
             count = tl.load(key_count + block * H + h)
             stored = tl.minimum(count, K_BASE)
@@ -516,7 +269,7 @@ def _decode_kernel(
                     D,
                     ROTATED,
                 )
-                one = _rows_equal(_row_of(R), numbers, left, 0, D, True, R, INTERPRET)
+                one = rows_equal(row_of(R), numbers, left, 0, D, True, R, INTERPRET)
                 high = w.to(tl.float16)
                 scores = tl.dot(one, high, scores)
                 scores = tl.dot(one, (w - high.to(tl.float32)).to(tl.float16), scores)
@@ -542,13 +295,13 @@ def _decode_kernel(
         weighted = (weights * (v_scale / size)[:, None]).to(tl.float16)
         plain = (weights * WEIGHT_SCALE).to(tl.float16)
         v_codes = value_codes + row0 * V_ROW
-        a0, ta0 = _load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
-        b0, tb0 = _load_words(
+        a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
+        b0, tb0 = load_words(
             v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S
         )
-        a0, b0, ta0, tb0 = _flat(a0, S), _flat(b0, S), _flat(ta0, S), _flat(tb0, S)
+        a0, b0, ta0, tb0 = flat(a0, S), flat(b0, S), flat(ta0, S), flat(tb0, S)
         shift0 = ((group_unit % VNP) * 2)[:, None]
-        tile = _value_tile(
+        tile = value_tile(
             a0,
             b0,
             ta0,
@@ -569,7 +322,7 @@ def _decode_kernel(
             INTERPRET,
         )
         out0 = tl.dot(tile, weighted)
-        tile = _value_tile(
+        tile = value_tile(
             a0,
             b0,
             ta0,
@@ -594,13 +347,11 @@ def _decode_kernel(
         out3 = out1
         if UPG == 2:
             unit1 = group_unit + 1
-            a1, ta1 = _load_words(v_codes, r * 4, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S)
-            b1, tb1 = _load_words(
-                v_codes, r * 4 + 1, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S
-            )
-            a1, b1, ta1, tb1 = _flat(a1, S), _flat(b1, S), _flat(ta1, S), _flat(tb1, S)
+            a1, ta1 = load_words(v_codes, r * 4, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S)
+            b1, tb1 = load_words(v_codes, r * 4 + 1, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S)
+            a1, b1, ta1, tb1 = flat(a1, S), flat(b1, S), flat(ta1, S), flat(tb1, S)
             shift1 = ((unit1 % VNP) * 2)[:, None]
-            tile = _value_tile(
+            tile = value_tile(
                 a1,
                 b1,
                 ta1,
@@ -621,7 +372,7 @@ def _decode_kernel(
                 INTERPRET,
             )
             out2 = tl.dot(tile, weighted)
-            tile = _value_tile(
+            tile = value_tile(
                 a1,
                 b1,
                 ta1,
@@ -652,7 +403,7 @@ def _decode_kernel(
             e_last = tl.where(closed, tl.load(ends + h), tl.minimum(length - column * BS, BS) * V_ENTRIES)
             entries = block * BS * V_ENTRIES
             for e1 in range((e_first // 4) * 4, e_last, 32):
-                one = _tokens_equal(
+                one = tokens_equal(
                     value_index + entries, e1, e_first, e_last, closed, D, BS, V_ENTRIES, INTERPRET
                 )
                 picked = tl.dot(one, plain)  # [32, GP]: the weights of the entries' tokens
@@ -674,15 +425,15 @@ def _decode_kernel(
                 numbers = value_index + entries + e1
                 last = e_last - e1
                 origin = tl.where(closed, -1, h * D)
-                c0 = _channel_of_row(_row_of(4), 0, D, VW, UPG, VNP)
-                c1 = _channel_of_row(_row_of(4), 1, D, VW, UPG, VNP)
-                out0 = tl.dot(_rows_equal(c0, numbers, last, origin, D, False, 4, INTERPRET), ew, out0)
-                out1 = tl.dot(_rows_equal(c1, numbers, last, origin, D, False, 4, INTERPRET), ew, out1)
+                c0 = _channel_of_row(row_of(4), 0, D, VW, UPG, VNP)
+                c1 = _channel_of_row(row_of(4), 1, D, VW, UPG, VNP)
+                out0 = tl.dot(rows_equal(c0, numbers, last, origin, D, False, 4, INTERPRET), ew, out0)
+                out1 = tl.dot(rows_equal(c1, numbers, last, origin, D, False, 4, INTERPRET), ew, out1)
                 if UPG == 2:
-                    c2 = _channel_of_row(_row_of(4), 2, D, VW, UPG, VNP)
-                    c3 = _channel_of_row(_row_of(4), 3, D, VW, UPG, VNP)
-                    out2 = tl.dot(_rows_equal(c2, numbers, last, origin, D, False, 4, INTERPRET), ew, out2)
-                    out3 = tl.dot(_rows_equal(c3, numbers, last, origin, D, False, 4, INTERPRET), ew, out3)
+                    c2 = _channel_of_row(row_of(4), 2, D, VW, UPG, VNP)
+                    c3 = _channel_of_row(row_of(4), 3, D, VW, UPG, VNP)
+                    out2 = tl.dot(rows_equal(c2, numbers, last, origin, D, False, 4, INTERPRET), ew, out2)
+                    out3 = tl.dot(rows_equal(c3, numbers, last, origin, D, False, 4, INTERPRET), ew, out3)
         acc0 = acc0 * fade + out0 * size
         acc1 = acc1 * fade + out1 * size
         if UPG == 2:

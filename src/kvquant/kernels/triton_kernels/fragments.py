@@ -1,0 +1,277 @@
+"""Tensors of 64 threads in the shapes a tensor core wants: loads, look-ups, 0/1 matrices, and their names as rows, columns.
+
+A product's side is [64 threads, registers] with the numbers that the tensor core expects of each thread, so that the
+reshape and permute to its rows and columns move nothing. Lane 4q + r of warp w holds rows 16w + q (+ 8) of every 32, and
+columns 4r to 4r + 3 of every 16. That the compiler then finds nothing to move depends on its choices of layouts, not on
+anything it promises: wrong choices cost time, never correctness. Seen in the machine code of triton 3.6 and 3.7.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvquant.kernels.triton_kernels.lookup import equal, first_half, second_half, value_words
+
+
+@triton.jit
+def stack(pointer, inside, LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
+    """N loads of one shape, joined in registers, [..., 2, 2, ...]: their offsets count LO once, HI, 2 HI, 4 HI.
+
+    One load a register instead of one load of all of them, because only then do all compilers leave the threads where
+    they are.
+    """
+    if N == 1:
+        if MASKED:
+            return tl.load(pointer, mask=inside, other=0)
+        else:
+            return tl.load(pointer)
+    elif N == 2:
+        return tl.join(
+            stack(pointer, inside, LO, HI, 1, MASKED), stack(pointer + LO, inside, LO, HI, 1, MASKED)
+        )
+    else:
+        return tl.join(
+            stack(pointer, inside, LO, HI, N // 2, MASKED),
+            stack(pointer + (N // 4) * HI, inside, LO, HI, N // 2, MASKED),
+        )
+
+
+@triton.jit
+def _byte(pointer, inside, ROW: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr):
+    return stack(pointer, inside, LO * ROW, HI * ROW, N, True).to(tl.int32)
+
+
+@triton.jit
+def load_words(
+    codes, row, word, W: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr,
+    LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Words ``word`` of the rows numbered ``row`` and of N - 1 further ones (:func:`stack`), and their third bits.
+
+    Third bits (of 3-bit codes; else the words again) come shifted into place.
+    """
+    inside = word < WORDS
+    upper = tl.where(word >= W // 8, 1, 0)
+    for _ in tl.static_range(0 if N == 1 else (1 if N == 2 else (2 if N == 4 else (3 if N == 8 else 4)))):
+        upper = tl.join(upper, upper)
+    if W % 8 == 0 or (BITS != 3 and W % 4 == 0):
+        base = codes.to(tl.pointer_type(tl.int32)) + row * (ROW // 4)
+        words = stack(base + word, inside, LO * (ROW // 4), HI * (ROW // 4), N, MASKED)
+        third = words
+        if BITS == 3:
+            at = base + W // 4 + word % (W // 8)
+            third = stack(at, inside, LO * (ROW // 4), HI * (ROW // 4), N, MASKED) >> upper
+    else:  # rows of 3-bit codes that no word boundary divides
+        words = _byte(codes + row * ROW + word * 4, inside & (word * 4 < W), ROW, LO, HI, N)
+        third = words
+        for k in tl.static_range(1, 4):
+            byte = word * 4 + k
+            words |= _byte(codes + row * ROW + byte, inside & (byte < W), ROW, LO, HI, N) << (8 * k)
+        if BITS == 3:
+            third = tl.zeros_like(words)
+            for k in tl.static_range(4):
+                byte = word * 4 + k
+                ok = inside & (byte < W)
+                low = _byte(codes + row * ROW + W + byte % (W // 2), ok & (byte < W // 2), ROW, LO, HI, N)
+                high = _byte(codes + row * ROW + W + byte % (W // 2), ok & (byte >= W // 2), ROW, LO, HI, N)
+                third |= (low | (high >> 1)) << (8 * k)
+    return words, third
+
+
+@triton.jit
+def flat(x, N: tl.constexpr):
+    """What :func:`stack` gives for one number a thread, as [64, N]."""
+    return tl.reshape(x, (64, N))
+
+
+@triton.jit
+def column_of(x, C: tl.constexpr, N: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
+    """Column C of [T, N, (R)], [T, R]."""
+    if N > 1:
+        even, odd = tl.split(tl.permute(tl.reshape(x, (T, N // 2, 2, R)), (0, 1, 3, 2)))
+        return column_of(odd if C % 2 else even, C // 2, N // 2, R, T)
+    else:
+        return tl.reshape(x, (T, R))
+
+
+@triton.jit
+def four_columns(x, R: tl.constexpr, T: tl.constexpr):
+    """The four columns of [T, 4, (R)], [T, R] each."""
+    return (
+        column_of(x, 0, 4, R, T),
+        column_of(x, 1, 4, R, T),
+        column_of(x, 2, 4, R, T),
+        column_of(x, 3, 4, R, T),
+    )
+
+
+@triton.jit
+def key_side(low, high, R: tl.constexpr):
+    """Words of a thread's columns (0, 1) and (2, 3), [64, R] each, as [R * 16, 16] fp16."""
+    x = tl.join(
+        tl.join(first_half(low), second_half(low)), tl.join(first_half(high), second_half(high))
+    )  # [64, R, b, i]
+    if R == 8:
+        x = tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2))  # warp; q; r; row: 8, 32, 64; b; i
+        x = tl.permute(x, (5, 4, 0, 3, 1, 2, 7, 6))
+    else:
+        x = tl.reshape(x, (2, 8, 4, 2, R // 2, 2, 2))  # warp; q; r; row: 8, 32; b; i
+        x = tl.permute(x, (4, 0, 3, 1, 2, 6, 5))
+    return tl.reshape(x, (R * 16, 16))
+
+
+@triton.jit
+def query_side(low, high, NG: tl.constexpr):
+    """Words [32, NG] of query heads in fours of lanes as [16, 8 NG] fp16."""
+    x = tl.join(tl.join(first_half(low), second_half(low)), tl.join(first_half(high), second_half(high)))
+    if NG == 4:
+        x = tl.reshape(x, (8, 4, 2, 2, 2, 2))  # head: 1; r; head: 8, 16; b; i
+        x = tl.permute(x, (1, 5, 4, 3, 2, 0))
+    else:
+        x = tl.reshape(x, (8, 4, NG, 2, 2))  # head: 1; r; head: 8; b; i
+        x = tl.permute(x, (1, 4, 3, 2, 0))
+    return tl.reshape(x, (16, NG * 8))
+
+
+@triton.jit
+def _value_pair(even, odd):
+    """Words of (two tokens) of channels 2c and 2c + 1: [64, S, token, channel] fp16."""
+    return tl.join(tl.join(first_half(even), second_half(even)), tl.join(first_half(odd), second_half(odd)))
+
+
+@triton.jit
+def value_tile(
+    a, b, third_a, third_b, shift, t0, t1, t2, t3, t4, t5, t6, t7, table,
+    FIELD: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One field of a unit of values of every thread, [64 channels, 8 S tokens] fp16; rows as ``_channel_of_row`` in decode.py."""
+    w0, w1, w2, w3 = value_words(
+        a, b, third_a, third_b, shift, t0, t1, t2, t3, t4, t5, t6, t7, table, FIELD, BITS, INTERPRET
+    )
+    x = tl.join(_value_pair(w0, w1), _value_pair(w2, w3))  # [64, S, token, channel, channel pair]
+    # warp; q; r; tokens: 2, 16, 32, 64; token; channel; pair
+    if S == 4:
+        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2)), (7, 0, 6, 1, 4, 2, 3, 5))
+    elif S == 8:
+        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2, 2)), (8, 0, 7, 1, 5, 4, 2, 3, 6))
+    else:
+        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2, 2, 2)), (9, 0, 8, 1, 6, 5, 4, 2, 3, 7))
+    return tl.reshape(x, (64, S * 8))
+
+
+@triton.jit
+def turned_back(x01, x23, y01, y23, c01, c23, s01, s23, INTERPRET: tl.constexpr):
+    """Queries turned back by an angle: x cos + y sin, y cos - x sin, words of two fp16 numbers."""
+    if INTERPRET:
+        return (
+            _half_rotation(x01, y01, c01, s01, 1.0),
+            _half_rotation(x23, y23, c23, s23, 1.0),
+            _half_rotation(y01, x01, c01, s01, -1.0),
+            _half_rotation(y23, x23, c23, s23, -1.0),
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 t, a;
+            mul.rn.f16x2 a, $4, $8; fma.rn.f16x2 $0, $6, $10, a;
+            mul.rn.f16x2 a, $5, $9; fma.rn.f16x2 $1, $7, $11, a;
+            neg.f16x2 t, $4; mul.rn.f16x2 a, $6, $8; fma.rn.f16x2 $2, t, $10, a;
+            neg.f16x2 t, $5; mul.rn.f16x2 a, $7, $9; fma.rn.f16x2 $3, t, $11, a; }""",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
+            [x01, x23, y01, y23, c01, c23, s01, s23],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _half_rotation(x, y, c, s, sign):
+    low = first_half(x) * first_half(c) + first_half(y) * first_half(s) * sign
+    high = second_half(x) * second_half(c) + second_half(y) * second_half(s) * sign
+    low = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | ((high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << 16)
+
+
+@triton.jit
+def _small(number):
+    """Numbers below 1024 as fp16 numbers to compare: 1024 + number, by setting bits."""
+    return ((number & 1023) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _thread_row():
+    """Of every 32 rows of a product, the first that each thread holds, [64, 1]."""
+    thread = tl.arange(0, 64)[:, None]
+    return (thread // 32) * 16 + (thread % 32) // 4
+
+
+@triton.jit
+def _entries_equal(
+    rows, index, last, origin, D: tl.constexpr, DIVIDE: tl.constexpr, R: tl.constexpr, INTERPRET: tl.constexpr
+):  # fmt: skip
+    """:func:`rows_equal` of 16 entries, still [64, R, 4]: a register's row and its entry of four.
+
+    The compiler keeps the layout in which the entries are loaded only as long as no dimension is added after that.
+    """
+    first = (tl.arange(0, 64)[:, None, None] % 4) * 4
+    number = tl.load(index + first + tl.arange(0, 4)[None, None, :], mask=first < last, other=0)
+    number = number.to(tl.int32) & 0xFFFF
+    number = number // D if DIVIDE else tl.where(origin < 0, number % D, number - origin)
+    shape: tl.constexpr = (64, R, 4)
+    return equal(tl.broadcast_to(_small(number), shape), tl.broadcast_to(_small(rows), shape), INTERPRET)
+
+
+@triton.jit
+def rows_equal(
+    rows, index, last, origin, D: tl.constexpr, DIVIDE: tl.constexpr, R: tl.constexpr, INTERPRET: tl.constexpr
+):  # fmt: skip
+    """The 0/1 matrix [16 R, 32]: does entry e, if below ``last`` (a multiple of four more may be read), belong to this row?
+
+    Args:
+        rows: each register's row number, [64, R, 1]: of tokens if DIVIDE, else of channels.
+        index: numbers token * D + channel, or of the layer's channels, of which this head's begin at ``origin`` >= 0.
+    """
+    one = tl.join(
+        _entries_equal(rows, index, last, origin, D, DIVIDE, R, INTERPRET),
+        _entries_equal(rows, index + 16, last - 16, origin, D, DIVIDE, R, INTERPRET),
+    )
+    one = tl.reshape(one, (2, 8, 4, R // 2, 2, 4, 2))  # warp; q; r; row: 32, 8; entry: 1, 16
+    return tl.reshape(tl.permute(one, (3, 0, 4, 1, 6, 2, 5)), (R * 16, 32))
+
+
+@triton.jit
+def _places_equal(
+    index, first, begin, end, closed, D: tl.constexpr, BS: tl.constexpr, V_ENTRIES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """:func:`tokens_equal` of the first or second rows that 64 threads hold, still [64, BS / 4]."""
+    at = first + _thread_row()  # [64, 1]
+    inside = (at >= begin) & (at < end)
+    number = tl.load(index + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
+    token = tl.where(closed, number // D, at // V_ENTRIES)
+    column = tl.arange(0, BS // 4)[None, :]
+    column = (column // 4) * 16 + (tl.arange(0, 64)[:, None] % 4) * 4 + column % 4
+    return equal(tl.broadcast_to(_small(token), (64, BS // 4)), _small(column), INTERPRET)
+
+
+@triton.jit
+def tokens_equal(
+    index, first, begin, end, closed, D: tl.constexpr, BS: tl.constexpr, V_ENTRIES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """The 0/1 matrix [32, BS]: is entry ``first + e`` of value outliers of this token of the block?"""
+    one = tl.join(
+        _places_equal(index, first, begin, end, closed, D, BS, V_ENTRIES, INTERPRET),
+        _places_equal(index, first + 8, begin, end, closed, D, BS, V_ENTRIES, INTERPRET),
+    )
+    one = tl.reshape(one, (2, 8, 4, BS // 16, 4, 2))  # warp; q; r; token: 16, 1; entry: 8
+    return tl.reshape(tl.permute(one, (0, 5, 1, 3, 2, 4)), (32, BS))
+
+
+@triton.jit
+def row_of(R: tl.constexpr):
+    """The row of a product that each register of each thread holds, [64, R, 1]."""
+    p = tl.arange(0, R)[None, :, None]
+    return _thread_row()[:, :, None] + (p // 2) * 32 + (p % 2) * 8
