@@ -28,6 +28,11 @@ def test_a_launcher_is_compiled_for_a_gpu_that_is_not_here(rows):
         assert row["hmma"] == row["wgmma"] == row["spills"] == 0
 
 
+def test_one_process_compiles_for_each_architecture(rows):
+    again = compile_case(Case("write_values", "llama31_8b", 4), 90)
+    assert {row["source"] for row in again}.isdisjoint(row["source"] for row in rows)
+
+
 def test_alignment_is_what_a_launch_has(rows):
     # Without it no load is wide.
     assert rows[0]["loads_128_bit"] > 0

@@ -81,13 +81,16 @@ def cases() -> list[Case]:
 
 
 class _NoGpu:
-    """Stands in for Triton's driver: names a target and has nothing to launch on."""
+    """Stands in for Triton's driver: names a target and has nothing to launch on.
+
+    Each architecture is a device of its own, because Triton keeps what it compiled by device, not by target.
+    """
 
     def __init__(self, architecture: int) -> None:
-        self._target = GPUTarget("cuda", architecture, 32)
+        self._architecture, self._target = architecture, GPUTarget("cuda", architecture, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self._architecture
 
     def get_current_stream(self, device: int) -> int:
         return 0
