@@ -318,7 +318,9 @@ def test_a_text_shorter_than_a_window_is_refused(run, tmp_path) -> None:
         run("task=perplexity", "task.max_tokens=300", "task.window=512")
     path = tmp_path / "short.txt"
     path.write_text("A sentence of a short text. " * 200)
-    with pytest.raises(DataError, match=rf"the held-out part of {path} must hold a window of 256 tokens, got"):
+    with pytest.raises(
+        DataError, match=rf"the held-out part of {path} must hold a window of 256 tokens, got"
+    ):
         run("task=perplexity", "data=text_file", f"data.path={path}")
 
 
