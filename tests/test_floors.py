@@ -25,6 +25,8 @@ FLOORS: list[tuple[str, int]] = [
     ("items", 0),
     ("sweeps", 0),
     ("slurm", 0),
+    ("one_thread", 0),
+    ("compiled", 1),
     ("codebooks", 1),
     ("encoding", 1),
     ("value_outliers", 1),
@@ -68,6 +70,7 @@ ROOMS = {
     "hydra": ("config", "validation", "preflight", "cli", "tasks", "report"),
     "omegaconf": ("config", "validation", "preflight", "cli", "tasks", "report"),
     "transformers": ("models", "calibration", "data", "tasks", "methods.hf_quantized"),
+    "numba": ("compiled",),
     "triton": ("kernels.triton_kernels", "bench.compile_table"),
 }
 HEAVY = {
@@ -75,6 +78,7 @@ HEAVY = {
     "transformers",
     "triton",
     "numpy",
+    "numba",
     "scipy",
     "matplotlib",
     "pyarrow",

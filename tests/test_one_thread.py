@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvquant.kernels.one_thread import one_thread
+from kvquant.one_thread import one_thread
 
 
 def test_threads_come_back():

@@ -18,6 +18,7 @@ PACKAGES = (
     "safetensors",
     "accelerate",
     "numpy",
+    "numba",
     "scipy",
     "hydra-core",
     "omegaconf",

@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from kvquant.compiled import can_compile, in_parts, magnitude_mask, raw
 from kvquant.encoding import SERIAL_ELEMENTS, Scratch, nonzero_flat, ordered, row_chunks
 
 # Elements near the ends that are sorted at once, of as many tokens as that makes: enough to be worth the calls.
@@ -49,6 +50,9 @@ def split_value_outliers(values: Tensor, num_outliers: int) -> tuple[Tensor, Ten
         return values.new_empty((num_tokens, 0), dtype=torch.int32), lowest, highest
     indices = values.new_empty((num_tokens, 2 * n), dtype=torch.int32)
     ranges = values.new_empty((2, num_tokens), dtype=torch.float32)
+    if can_compile(values):
+        _split_compiled(values.contiguous(), n, indices, ranges)
+        return indices, ranges[0], ranges[1]
     channel_bits = (1 << 16) - 1
     step = max(1, _SORTED_TOGETHER // (2 * n + 2))
     for first in range(0, num_tokens, step):
@@ -64,6 +68,18 @@ def split_value_outliers(values: Tensor, num_outliers: int) -> tuple[Tensor, Ten
         indices[rows] = outer.int().sort(dim=1).values
         ranges[:, rows] = x.gather(1, inner).t().float() + 0.0
     return indices, ranges[0], ranges[1]
+
+
+def _split_compiled(values: Tensor, n: int, indices: Tensor, ranges: Tensor) -> None:
+    """Fill indices [T, 2n] and ranges [2, T] by compiled loops over the tokens."""
+    from kvquant.compiled.select_loops import split_rows
+
+    T, C = values.shape
+    x, ends = raw(values), [values.new_empty(T) for _ in range(2)]
+    arguments = (x, magnitude_mask(x), n, _num_groups(C, n + 1), raw(indices), *map(raw, ends))
+    in_parts(T, x.size, lambda first, last: split_rows(*arguments, first, last))
+    ranges.copy_(torch.stack(ends))
+    ranges += 0.0  # -0.0 becomes 0.0
 
 
 def _keys(x: Tensor, channel: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvquant.kernels import Rope
-from kvquant.kernels.one_thread import one_thread
+from kvquant.one_thread import one_thread
 from kvquant.ragged import RaggedStep
 
 # Numbers dequantized at once: 1 MiB in fp32 for keys and for values each.

@@ -1,15 +1,17 @@
-"""Quantizing, packing and storing, vectorised in plain PyTorch: few passes, each over a chunk that stays in the cache.
+"""Quantizing, packing and storing, vectorised in PyTorch; the loops over elements compiled by numba where that can be.
 
-Counts of outliers are data, so this reads a few integers back from tensors (``nonzero``, whether all is finite). That
+What is left to PyTorch takes few passes, each over a chunk that stays in the cache. Counts of outliers are data, so this reads a few integers back from tensors (``nonzero``, whether all is finite). That
 is free on a CPU; on a GPU the triton backend exists so that nothing waits.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvquant import nuq
+from kvquant.compiled import can_compile, in_parts, magnitude_mask, ordered_bounds, raw
 from kvquant.encoding import (
     Scratch,
     boundaries,
@@ -29,10 +31,12 @@ from kvquant.kernels import (
     LayerConstants,
     ValueStore,
 )
-from kvquant.kernels.one_thread import one_thread
 from kvquant.kernels.outlier_append import append_key_outliers
-from kvquant.packing import pack
+from kvquant.one_thread import one_thread
+from kvquant.packing import pack, plane_widths
 
+# Codes that compiled loops count one boundary at a time; beyond, a binary search takes fewer steps.
+_MOST_COUNTED_BITS = 5
 # The widest integer first: rows are then copied in as few moves as they allow.
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
 
@@ -81,23 +85,9 @@ def write_keys(
         boundaries(constants.key_zero, constants.key_scale, constants.key_midpoints), keys.dtype
     )
     # What is not finite lies outside whatever the thresholds are, so that looking at outliers finds it.
-    low, high = ordered_range(constants.key_lower, constants.key_upper, keys.dtype)
-
-    found, scratch = [], Scratch()
-    for rows in row_chunks(keys):
-        x = ordered(keys[rows], scratch)
-        codes = count_below(x, bounds, scratch)
-        outside = torch.clamp(x, low, high, out=scratch.take("above", x))
-        torch.ne(outside, x, out=outside)
-        if skip is not None:
-            sinks = skip[rows, None, None]
-            outside.masked_fill_(sinks, 0)
-            codes.masked_fill_(sinks, 0)
-        at = nonzero_flat(outside)
-        codes.view(-1).index_fill_(0, at, 0)
-        _put_rows(store.codes, slot_block[rows], slot_offset[rows], pack(codes, bits))
-        found.append(at + rows.start * C)
-    at = torch.cat(found) if len(found) > 1 else found[0]
+    inside = ordered_range(constants.key_lower, constants.key_upper, keys.dtype)
+    code = _code_keys_compiled if can_compile(keys) and bits <= _MOST_COUNTED_BITS else _code_keys
+    at = code(keys, bounds, inside, skip, store.codes, (slot_block, slot_offset), bits)
     if skip is not None:
         _check_finite(keys[skip].flatten(), ERROR_KEY_NOT_FINITE, error, C)
     if not at.numel():
@@ -142,14 +132,9 @@ def write_values(
     index, lowest, highest = nuq.split_value_outliers(x, per_end)
     zero, scale = (part.to(side) for part in nuq.zero_and_scale(lowest, highest))
     bounds = ordered_floor(boundaries(zero[:, None], scale[:, None], constants.value_midpoints), values.dtype)
-    index, scratch = index.long(), Scratch()
-    for rows in row_chunks(values):
-        grouped = slice(rows.start * VG, rows.stop * VG)
-        codes = count_below(ordered(x[grouped], scratch), bounds[:, grouped], scratch)
-        codes.scatter_(1, index[grouped], 0)
-        if skip is not None:
-            codes.view(-1, C).masked_fill_(skip[rows, None], 0)
-        _put_rows(store.codes, slot_block[rows], slot_offset[rows], pack(codes.view(-1, H, D), bits))
+    code = _code_values_compiled if can_compile(values) and bits <= _MOST_COUNTED_BITS else _code_values
+    code(values, bounds, index, skip, store.codes, (slot_block, slot_offset), bits)
+    index = index.long()
     store.zero[slot_block, slot_offset] = zero.view(-1, VG)
     store.scale[slot_block, slot_offset] = scale.view(-1, VG)
     first = torch.arange(VG, device=values.device).view(1, VG, 1) * group
@@ -169,6 +154,132 @@ def write_values(
         # What a sink token leaves here is never read, whether it fits or not.
         checked = checked.masked_fill(skip[:, None], 0)
     _check_finite(checked.flatten(), ERROR_VALUE_NOT_FINITE, error, C, channel.flatten())
+
+
+def _code_keys(
+    keys: Tensor,
+    bounds: Tensor,
+    inside: tuple[Tensor, Tensor],
+    skip: Tensor | None,
+    store: Tensor,
+    slots: tuple[Tensor, Tensor],
+    bits: int,
+) -> Tensor:
+    """Code and store keys [T, H, D], 0 under sinks and outliers; flat indices of the outliers, ascending, int64 [K].
+
+    Args:
+        keys: contiguous.
+        bounds: decision boundaries as keys are compared, [2^bits - 1, H, D].
+        inside: the closed range outside of which a key is an outlier, likewise, [H, D] each.
+        skip: sink tokens, bool [T], or None.
+        store: the codes in the pool.
+        slots: block, and slot within it, of each token.
+        bits: width of a code.
+    """
+    block, slot = slots
+    found, scratch = [], Scratch()
+    for rows in row_chunks(keys):
+        x = ordered(keys[rows], scratch)
+        codes = count_below(x, bounds, scratch)
+        outside = torch.clamp(x, *inside, out=scratch.take("above", x))
+        torch.ne(outside, x, out=outside)
+        if skip is not None:
+            sinks = skip[rows, None, None]
+            outside.masked_fill_(sinks, 0)
+            codes.masked_fill_(sinks, 0)
+        at = nonzero_flat(outside)
+        codes.view(-1).index_fill_(0, at, 0)
+        _put_rows(store, block[rows], slot[rows], pack(codes, bits))
+        found.append(at + rows.start * keys[0].numel())
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def _code_keys_compiled(
+    keys: Tensor,
+    bounds: Tensor,
+    inside: tuple[Tensor, Tensor],
+    skip: Tensor | None,
+    store: Tensor,
+    slots: tuple[Tensor, Tensor],
+    bits: int,
+) -> Tensor:
+    """:func:`_code_keys` by compiled loops over the tokens."""
+    from kvquant.compiled.encode_loops import write_key_rows
+
+    T, H, D = keys.shape
+    x = raw(keys).reshape(T, H * D)
+    arguments = (
+        x,
+        magnitude_mask(x),
+        ordered_bounds(bounds).reshape(-1, H * D),
+        *(ordered_bounds(end).reshape(-1) for end in inside),
+        *_row_arguments(skip, D, bits, store, slots),
+    )
+    found = in_parts(T, x.size, lambda first, last: write_key_rows(*arguments, first, last))
+    return torch.cat([torch.from_numpy(part) for part in found])
+
+
+def _code_values(
+    values: Tensor,
+    bounds: Tensor,
+    outliers: Tensor,
+    skip: Tensor | None,
+    store: Tensor,
+    slots: tuple[Tensor, Tensor],
+    bits: int,
+) -> None:
+    """Code and store values [T, H, D], 0 under sinks and outliers; arguments as of :func:`_code_keys` but for these.
+
+    Args:
+        bounds: [2^bits - 1, T * VG, 1].
+        outliers: channels of each token's groups, int32 [T * VG, 2n].
+    """
+    T, H, D = values.shape
+    block, slot = slots
+    VG = len(outliers) // T
+    x, index, scratch = values.view(T * VG, -1), outliers.long(), Scratch()
+    for rows in row_chunks(values):
+        grouped = slice(rows.start * VG, rows.stop * VG)
+        codes = count_below(ordered(x[grouped], scratch), bounds[:, grouped], scratch)
+        codes.scatter_(1, index[grouped], 0)
+        if skip is not None:
+            codes.view(-1, H * D).masked_fill_(skip[rows, None], 0)
+        _put_rows(store, block[rows], slot[rows], pack(codes.view(-1, H, D), bits))
+
+
+def _code_values_compiled(
+    values: Tensor,
+    bounds: Tensor,
+    outliers: Tensor,
+    skip: Tensor | None,
+    store: Tensor,
+    slots: tuple[Tensor, Tensor],
+    bits: int,
+) -> None:
+    """:func:`_code_values` by compiled loops over the tokens."""
+    from kvquant.compiled.encode_loops import write_value_rows
+
+    T, _, D = values.shape
+    x = raw(values).reshape(len(outliers), -1)
+    arguments = (
+        x,
+        magnitude_mask(x),
+        ordered_bounds(bounds).reshape(-1, len(outliers)),
+        raw(outliers),
+        *_row_arguments(skip, D, bits, store, slots),
+    )
+    in_parts(T, x.size, lambda first, last: write_value_rows(*arguments, first, last))
+
+
+def _row_arguments(
+    skip: Tensor | None, head_dim: int, bits: int, store: Tensor, slots: tuple[Tensor, Tensor]
+) -> tuple[object, ...]:
+    """What both compiled writers take from `skip` on."""
+    sinks = np.empty(0, np.uint8) if skip is None else raw(skip.view(torch.uint8))
+    widths, ones = np.array(plane_widths(bits)), 1
+    if head_dim * widths.min() % 64 == 0:  # every plane is whole integers of eight bytes
+        store, ones = store.view(torch.int64), 0x0101010101010101
+    return sinks, widths, ones, raw(store), *(raw(x.contiguous()) for x in slots)
 
 
 def _put_rows(store: Tensor, block: Tensor, slot: Tensor, packed: Tensor) -> None:

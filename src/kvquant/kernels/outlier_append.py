@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvquant.compiled import can_compile, raw
 from kvquant.kernels import SPILL_ENTRIES, KeyStore
 
 
@@ -33,6 +34,17 @@ def append_key_outliers(
         False, with none of the entries counted, when spill chunks run out.
     """
     T, H, D = shape
+    if can_compile(values):
+        from kvquant.compiled.append_loops import append_outliers
+
+        return append_outliers(
+            raw(found),
+            raw(values),
+            D,
+            raw(slot_block.contiguous()),
+            raw(slot_offset.contiguous()),
+            *(raw(tensor) for tensor in store[1:]),
+        )
     row = _divided(found, D)  # token * H + head
     token = _divided(row, H)
     per_row = torch.bincount(row, minlength=T * H)
