@@ -115,6 +115,8 @@ def test_references_are_complete_and_each_is_cited() -> None:
     bib = (PAPER / "references.bib").read_text()
     entries = {m.group(1): m.group(2) for m in re.finditer(r"@\w+\{(\w+),(.*?)\n\}", bib, re.DOTALL)}
     assert len(entries) == bib.count("\n@")
+    checked = re.findall(r"^% checked: \S.*\n@\w+\{(\w+),", bib, re.MULTILINE)
+    assert checked == list(entries), "each entry says where it was looked up"
     for key, body in entries.items():
         fields = set(re.findall(r"^\s*(\w+) = \{", body, re.MULTILINE))
         assert {"title", "author", "year"} <= fields and fields & {"booktitle", "journal", "note"}, key
