@@ -10,9 +10,18 @@ import torch
 
 from kvquant import compiled, nuq
 from kvquant.errors import NonFiniteActivations, PoolExhausted
+from kvquant.kernels import get_backend
 from kvquant.one_thread import one_thread
 from kvquant.spec import QuantSpec
-from test_kernels import append, assert_same_pools, calibrated, heavy_tailed, pool_for
+from test_kernels import (
+    append,
+    assert_same_pools,
+    calibrated,
+    heavy_tailed,
+    pool_for,
+    relative_rms,
+    rope_tables,
+)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -126,6 +135,47 @@ def test_what_is_not_finite_is_found_and_hurts_no_neighbour(plain, bad):
     others = [slot for slot in range(9) if slot != 4]
     for name, tensor in pools[0].items():
         assert torch.equal(tensor[..., others, :], pools[1][name][..., others, :]), name
+
+
+@pytest.mark.usefixtures("many_threads")
+@pytest.mark.parametrize(("heads", "head_dim", "groups"), [(1, 128, 1), (3, 80, 4), (8, 64, 2), (5, 20, 7)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_decode_attention_reads_what_pytorch_reads(plain, bits, heads, head_dim, groups):
+    """Ragged histories with chains, sinks, two value groups, open and closed blocks, part of a head rotated."""
+    spec = QuantSpec(bits=bits, outlier_fraction=0.02, sink_tokens=3, value_groups=2)
+    quantizer = calibrated(spec, head_dim, heads=heads, dtype=torch.bfloat16)
+    pool = pool_for(quantizer, block_size=32, num_blocks=16, dtype=torch.bfloat16, headroom=30.0)
+    rows = [pool.add_sequence() for _ in range(3)]
+    past = [1, 32, 201]
+    for lengths, seed in ((past, 1), ([1, 1, 1], 7)):
+        x = [
+            heavy_tailed(sum(lengths), head_dim, seed + i, heads=heads, spread=2.0).bfloat16() for i in (0, 1)
+        ]
+        step = append(quantizer, pool, rows, lengths, *x, "pytorch_fused")
+    assert int(pool.tensors["key_outlier_count"].max()) > pool.layout.key_outlier_base
+    store = pool.layers[0]
+    query = torch.randn(3, heads * groups, head_dim, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def attend(**settings):
+        sinks = (store.sink_keys[step.rows], store.sink_values[step.rows])
+        return get_backend("pytorch_fused").attend(
+            query.float(),
+            step,
+            quantizer.reader(store, backend="pytorch_fused"),
+            rope_tables(64, 4, head_dim // 4 * 2),
+            None,
+            sinks,
+            block_size=32,
+            blocks_per_tile=2,
+            softmax_scale=head_dim**-0.5 / 4,
+            **settings,
+        )
+
+    cases: list[dict] = [{}, {"window": 40}, {"softcap": 2.0}]
+    ours = [attend(**settings) for settings in cases]
+    plain()
+    for settings, found in zip(cases, ours, strict=True):
+        assert relative_rms(found, attend(**settings)) < 1e-5, settings
 
 
 @pytest.mark.usefixtures("many_threads")

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant import kernels
+from kvquant import compiled, kernels
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
@@ -529,8 +529,10 @@ def stored_history(case):
     return quantizer, pool, step, query, own
 
 
+@pytest.mark.parametrize("numba", [True, False], ids=["compiled", "plain"])
 @pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION.keys())
-def test_tiled_attention_agrees_with_reference(case):
+def test_tiled_attention_agrees_with_reference(case, numba, monkeypatch):
+    monkeypatch.setattr(compiled, "has_numba", lambda: numba)
     arguments = stored_history(case)
     truth = attend(case, *arguments, "reference")
     assert torch.isfinite(truth).all()
@@ -565,6 +567,7 @@ def test_decode_in_pieces_of_any_size_agrees_with_reference(blocks, monkeypatch)
     case = dataclasses.replace(ATTENTION["everything"], past=(64, 3, 130), new=(1, 1, 1), exact=False)
     arguments = stored_history(case)
     truth = attend(case, *arguments, "reference")
+    monkeypatch.setattr(compiled, "has_numba", lambda: False)
     monkeypatch.setattr(decode_attention, "_PIECE_ELEMENTS", blocks * HEADS * BLOCK * DIM)
     assert relative_rms(attend(case, *arguments, "pytorch_fused"), truth) < 1e-5
 

@@ -4,8 +4,9 @@ A code is fifteen comparisons of an element that is in a register already; PyTor
 writes a cache-sized array for each. Measured on two cores (bf16 [1024, 4096], 4 bits + 1%, keys and values): 6 ns an
 element in PyTorch, of which no single operation takes more than a sixth.
 
-The loops are integer arithmetic on the elements' bits, so that results are PyTorch's bit for bit, whatever compiles
-them; everything in floating point (ranges, boundaries, rounding to storage) is left to PyTorch. numba brings its own
+The loops that quantize are integer arithmetic on the elements' bits, so that results are PyTorch's bit for bit, whatever
+compiles them; everything in floating point (ranges, boundaries, rounding to storage) is left to PyTorch. Only decode
+attention is in floats, and agrees as attention does: to rounding. numba brings its own
 LLVM: no compiler is needed where this runs, and what it compiles is kept on disk (beside the sources, or in the user's
 cache). Tensors on other devices, other dtypes, or a Python without numba take the PyTorch path.
 """
@@ -53,13 +54,22 @@ def has_numba() -> bool:
 
 def loop(function: Callable[..., Any]) -> Any:
     """Compile a loop when it is first called, without Python's lock, and keep the result on disk where that can be."""
+    return _compile(function)
+
+
+def float_loop(function: Callable[..., Any]) -> Any:
+    """:func:`loop` whose sums may be taken in another order, and products and sums rounded together."""
+    return _compile(function, fastmath={"reassoc", "contract"})
+
+
+def _compile(function: Callable[..., Any], **options: Any) -> Any:
     import numba
 
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError as error:  # neither the sources' folder nor the user's cache can be written
         log.warning("compiled again in every process: %s", error)
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, **options)(function)
 
 
 def raw(x: Tensor) -> NDArray[Any]:
@@ -75,6 +85,11 @@ def ordered_bounds(bounds: Tensor) -> NDArray[Any]:
         return bounds.numpy()
     bits = bounds.view(torch.int32)
     return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits).numpy()
+
+
+def byte_ones(num_codes: int, narrowest: int) -> int:
+    """1 in each byte of an integer of eight, where every plane of a row is whole such integers; else 1, for bytes."""
+    return 0x0101010101010101 if num_codes * narrowest % 64 == 0 else 1
 
 
 def magnitude_mask(x: NDArray[Any]) -> int:

@@ -60,21 +60,24 @@ def put_row(codes: Array, widths: Array, ones: int, store: Array, block: int, sl
         ones: 1 in each byte of an integer.
     """
     H, D = codes.shape
-    for h in range(H):
-        head, out = codes[h], store[block, h, slot]
-        start, shift = 0, 0
-        for width in widths:
-            fields = 8 // width
-            run = (D + fields - 1) // fields
-            most = ((1 << width) - 1) * ones
-            for w in range(run):
-                out[start + w] = (head[w] >> shift) & most
-            for field in range(1, fields):
-                first, up = field * run, field * width
-                for w in range(min(run, D - first)):
-                    out[start + w] |= ((head[first + w] >> shift) & most) << up
-            start += run
-            shift += width
+    start, shift = 0, 0
+    for width in widths:
+        fields = 8 // width
+        run = (D + fields - 1) // fields
+        most = ((1 << width) - 1) * ones
+        for field in range(fields):
+            first, up = field * run, field * width
+            kept = min(run, D - first)
+            for h in range(H):
+                source, out = codes[h, first : first + kept], store[block, h, slot, start : start + kept]
+                if field:
+                    for w in range(kept):
+                        out[w] |= ((source[w] >> shift) & most) << up
+                else:
+                    for w in range(kept):
+                        out[w] = (source[w] >> shift) & most
+        start += run
+        shift += width
 
 
 @loop
@@ -90,6 +93,7 @@ def write_key_rows(
     store: Array,
     slot_block: Array,
     slot_offset: Array,
+    found: Array,
     first: int,
     last: int,
 ) -> Array:
@@ -107,11 +111,12 @@ def write_key_rows(
         store: codes, [N, H, BS, row_bytes], or eight bytes to an int64.
         slot_block: int64 [T].
         slot_offset: int64 [T].
+        found: room for the indices, int64; replaced by more if it does not do.
         first: token.
         last: token.
     """
     C = keys.shape[1]
-    found, num_found = np.empty((last - first) * C // 64 + C, np.int64), 0
+    num_found = 0
     x, codes = np.empty(C, keys.dtype), np.empty(C, np.uint8)
     packable = codes.view(store.dtype).reshape(store.shape[1], -1)
     outside = np.zeros((C + 7) // 8 * 8, np.uint8)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvquant.kernels import Rope
+from kvquant.kernels.compiled_decode import attend_decode_compiled, decodes_compiled
 from kvquant.kernels.decode_attention import attend_decode, rotate
 from kvquant.ragged import RaggedStep, cumulative_lengths
 
@@ -130,18 +131,16 @@ def attend_tiled(
     """
     _, Hq, D = query.shape
     if exact is None and max(step.lengths) == 1:
-        return attend_decode(
-            query,
-            step,
-            read_tile,
-            rope,
-            sinks,
-            block_size=block_size,
-            blocks_per_tile=blocks_per_tile,
-            softmax_scale=softmax_scale,
-            window=window,
-            softcap=softcap,
-        )
+        settings: dict[str, Any] = {
+            "block_size": block_size,
+            "blocks_per_tile": blocks_per_tile,
+            "softmax_scale": softmax_scale,
+            "window": window,
+            "softcap": softcap,
+        }
+        if decodes_compiled(read_tile, query):
+            return attend_decode_compiled(query, step, read_tile, rope, sinks, **settings)
+        return attend_decode(query, step, read_tile, rope, sinks, **settings)
     tile = block_size * blocks_per_tile
     plan = _schedule(step.lengths, step.past, tile, window, query.device)
     num_items, query_tile = plan.rows.shape
