@@ -243,7 +243,7 @@ def test_slurm_is_asked_about_a_sweep_that_nobody_waited_for(
         "7_1": JobState("RUNNING", "0:0"),
         "7_2": JobState("PENDING", "0:0"),
     }
-    monkeypatch.setattr("kvquant.report.collect.job_states", lambda ids: {i: states[i] for i in ids})
+    monkeypatch.setattr("kvquant.sweep_plan.job_states", lambda ids: {i: states[i] for i in ids})
     points = [SweepPoint(f"p{i}", [f"a={i}"], str(i), job_id=f"7_{i}") for i in range(3)]
     for point in points[:2]:
         write_run(tmp_path / point.folder, status="running")

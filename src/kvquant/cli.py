@@ -63,7 +63,7 @@ GROUPS = {
     "paper": "one run of the paper; experiment=paper sweeps over them",
     "quant": "how keys and values are stored",
     "report": "which run directories task=report reads",
-    "sweep": "resuming a sweep, submitting without waiting",
+    "sweep": "resuming a sweep, submitting without waiting, several points in a job",
     "task": "what a run does",
     "tracking": "a tracker beside result.json",
 }

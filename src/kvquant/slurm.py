@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -30,6 +31,12 @@ class JobState:
 
     def __str__(self) -> str:
         return f"Slurm: {self.state}, exit code {self.exit_code}"
+
+
+def own_job() -> str | None:
+    """Number of the job this process runs in, as `job_states` takes it; None outside of Slurm."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:

@@ -13,7 +13,7 @@ from typing import Any
 from kvquant.errors import ConfigError, LaunchError, ResultError
 from kvquant.provenance import code_hash
 from kvquant.results import config_hash, load_result
-from kvquant.slurm import job_states
+from kvquant.slurm import JobState, job_states, own_job
 from kvquant.sweeps import FILE_NAME, Point, Sweep, load_sweep, slug
 
 # A longer table is cut to the points that did not end well; the report has them all.
@@ -173,11 +173,60 @@ def status_of(folder: Path, point: Point) -> tuple[str, str, float | None]:
     return str(result["status"]), message, result.get("duration_s")
 
 
+def slurm_states(sweep: Sweep, points: Sequence[Point]) -> dict[str, JobState]:
+    """Return what Slurm says about the points' jobs; nothing where their numbers are another launcher's processes."""
+    if sweep.launcher in ("basic", "local"):
+        return {}
+    return job_states([point.job_id for point in points if point.job_id])
+
+
 def todo(folder: Path, sweep: Sweep) -> list[Point]:
     """Return the points to launch: those without a result of status ok that no job is still working on."""
     open_points = [point for point in sweep.points if status_of(folder, point)[0] != "ok"]
-    states = job_states([p.job_id for p in open_points if p.job_id])
+    states = slurm_states(sweep, open_points)
     return [p for p in open_points if not (p.job_id in states and states[p.job_id].alive)]
+
+
+def is_over(run_dir: Path) -> bool:
+    """Whether a point that this job was to run has its result: when a job is queued again it goes on with the others.
+
+    An earlier job's failure is none: that point is run again.
+    """
+    try:
+        result = load_result(run_dir)
+    except ResultError:
+        return False
+    ended = result["status"] in ("failed", "out_of_memory")
+    return result["status"] == "ok" or (
+        ended and result["provenance"].get("slurm_job") == own_job() is not None
+    )
+
+
+def cut_off(
+    folder: Path, sweep: Sweep, points: Sequence[Point], started_before: Mapping[str, str | None]
+) -> list[Point]:
+    """Return the points that their job never came to, because an earlier one of the same job took it down.
+
+    A job that was cancelled, or that did not even start its first point, gives none: trying again is for its user.
+
+    Args:
+        folder: of the sweep.
+        sweep: what is written there.
+        points: of the last launch.
+        started_before: `started_at` of each point's folder before it.
+    """
+    reached = {p.folder for p in points if started_at(folder, p) != started_before[p.folder]}
+    states = slurm_states(sweep, [p for p in points if p.folder in reached])
+    died = {job for job, state in states.items() if state.state in ("FAILED", "OUT_OF_MEMORY")}
+    return [p for p in points if p.folder not in reached and p.job_id in died]
+
+
+def started_at(folder: Path, point: Point) -> str | None:
+    """Return when a point last started, None where it never did."""
+    try:
+        return str(load_result(folder / point.folder).get("started_at"))
+    except ResultError:
+        return None
 
 
 def finish_sweep(folder: Path, sweep: Sweep, *, detached: bool) -> None:
@@ -204,7 +253,7 @@ def finish_sweep(folder: Path, sweep: Sweep, *, detached: bool) -> None:
             soft_wrap=True,
         )
         return
-    states = job_states([p.job_id for p in sweep.points if p.job_id])
+    states = slurm_states(sweep, sweep.points)
     rows = []
     for point, swept in zip(sweep.points, apart([p.overrides for p in sweep.points]), strict=True):
         status, reason, duration_s = status_of(folder, point)
@@ -236,6 +285,10 @@ def _last_words(folder: Path, point: Point, state: str) -> str:
         for line in log.read_text(errors="replace").splitlines()
         if "error" in line.lower()
     ]
+    # Of several points in one job the line that names this one; else one about a limit before any other.
+    own = [line for line in lines if point.folder in line]
+    if own:
+        return own[-1][:300]
     telling = [
         line for line in lines if re.search(r"exceeded|limit|memory|oom", line, re.IGNORECASE)
     ] or lines

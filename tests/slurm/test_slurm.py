@@ -262,6 +262,55 @@ def test_24_points_at_parallelism_8_cost_little_beside_their_own_time(product: P
     assert sweep.overhead_s_per_job is not None and sweep.overhead_s_per_job < 1
 
 
+def test_24_points_of_the_real_product_share_eight_jobs(cluster: dict[str, str], tmp_path: Path) -> None:
+    preset = ("experiment=[ablation_bits,smoke]", "seed=0,1,2,3,4,5", "sweep.points_per_job=3")
+    command = [
+        sys.executable,
+        str(ROOT / "src" / "run.py"),
+        "-m",
+        *preset,
+        *ATHENA,
+        "hydra.launcher.mem_gb=2",
+    ]
+    env = {**cluster, "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "24 points: 24 ok" in done.stdout
+    (path,) = tmp_path.glob("multirun/*/*/sweep.json")
+    sweep = load_sweep(path)
+    assert len(sweep.points) == 24 and len({point.job_id for point in sweep.points}) == 8
+    assert sweep.overhead_s_per_job is not None and sweep.overhead_s_per_job < 1
+
+
+def test_points_that_share_a_job_end_as_they_do_alone(product: Product) -> None:
+    ways = [KILLED, RAISES, MEMORY, OK]
+    process = product.sweep(ways, "sweep.points_per_job=4")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "4 points: 2 lost, 1 failed, 1 ok" in out, err + out
+    assert {way: product.status(way) for way in ways} == {
+        KILLED: "running", RAISES: "failed", MEMORY: "running", OK: "ok",
+    }  # fmt: skip
+    points = {p.folder.partition("-")[0]: p for p in load_sweep(product.sweep_dir).points}
+    assert "its process was ended by SIGKILL" in (points[f"tokens={KILLED}"].ended or "")
+    assert "memory" in (points[f"tokens={MEMORY}"].ended or "").lower()
+    # Slurm ended the whole job for its memory; what it had not come to was launched again.
+    assert points[f"tokens={OK}"].job_id != points[f"tokens={MEMORY}"].job_id
+
+
+def test_a_job_of_several_points_goes_on_where_it_was_when_it_is_queued_again(product: Product) -> None:
+    process = product.sweep([RAISES, SLOW, OK], "sweep.points_per_job=3")
+    wait("two items", lambda: len(computed(product)) >= 2)
+    before = load_result(product.point(RAISES))["started_at"]
+    # What Slurm sends before a time limit.
+    product.slurm("scancel", "--signal=USR2", load_sweep(product.sweep_dir).points[0].job_id or "")
+    wait("the interruption", lambda: product.status(SLOW) == "interrupted", seconds=30)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 1 and "3 points: 1 failed, 2 ok" in out, err + out
+    assert load_result(product.point(RAISES))["started_at"] == before, "it has its result"
+    assert load_result(product.point(SLOW))["provenance"]["resumed_items"] >= 2
+    assert sorted(computed(product)) == list(range(ITEMS))
+
+
 def test_a_sweep_goes_on_after_its_launcher_was_killed(product: Product) -> None:
     process = product.sweep([OK, ONCE, SLOW])
     wait("a slow item", lambda: len(computed(product)) >= 1)

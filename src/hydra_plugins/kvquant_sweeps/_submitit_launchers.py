@@ -19,6 +19,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher, SlurmLauncher
 
+from hydra_plugins.kvquant_sweeps._overhead import duration_s, overhead_s
+from hydra_plugins.kvquant_sweeps._packs import PackedPoint, deal, run_one_by_one
+
 FIRST_POLL_S, MAX_POLL_S = 0.5, 30.0
 
 
@@ -36,28 +39,55 @@ ConfigStore.instance().store(
 
 
 class WaitingLauncher:
-    """What both launchers add to submitit's; the sweeper sets the attributes before `launch`.
+    """What both launchers add to submitit's; the sweeper sets the first four attributes before `launch`.
 
     Attributes:
-        on_submit: called with the jobs' numbers as soon as they are known.
+        on_submit: called with the job of each point's number as soon as it is known, again when more are.
         detach: return once everything is submitted.
-        overhead_s: seconds of the last launch that no job was working, per slot; None when it was not waited for.
+        points_per_job: how many points a job runs, one after the other.
+        run_dirs: folder of each point of the batch.
+        num_jobs: of the last launch.
+        overhead_s: seconds that the last launch took beyond its jobs (`overhead_s`); None when it was not waited for.
     """
 
-    on_submit: Callable[[int, list[str]], None] | None = None
+    config: Any
+    on_submit: Callable[[dict[int, str]], None] | None = None
     detach = False
+    points_per_job = 1
+    run_dirs: Sequence[Path] = ()
+    num_jobs = 0
     overhead_s: float | None = None
 
-    def _job_parameters(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[tuple[Any, ...]]:
-        """What each job's process is called with, as submitit's launcher has it."""
-        state = Singleton.get_state()
-        return [
-            (list(overrides), "hydra.sweep.dir", first + i, f"job_id_for_{first + i}", state)
-            for i, overrides in enumerate(job_overrides)
-        ]
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to a job: nothing that grows with the sweep, of which every job would get a copy."""
+        return {**self.__dict__, "on_submit": None, "run_dirs": ()}
+
+    def __call__(self, points: list[PackedPoint], state: Any) -> Any:
+        """What a job does; one point needs no process beside the job's own."""
+        if len(points) == 1:
+            return self._run_point(points[0], state)
+        return run_one_by_one(points, lambda point: self._run_point(point, state), self.config.task.name)
+
+    def _run_point(self, point: PackedPoint, state: Any) -> Any:
+        name = f"job_id_for_{point.number}"
+        return super().__call__(point.overrides, "hydra.sweep.dir", point.number, name, state)  # type: ignore[misc]
+
+    def _packs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[list[PackedPoint]]:
+        """The points of each job."""
+        dirs = self.run_dirs or [Path()] * len(job_overrides)
+        named = zip(job_overrides, dirs, strict=True)
+        points = [PackedPoint(number, list(o), folder) for number, (o, folder) in enumerate(named, first)]
+        packs = deal(points, self.points_per_job)
+        self.num_jobs = len(packs)
+        return packs
+
+    def _submitted(self, jobs: Sequence[Any], packs: Sequence[Sequence[PackedPoint]]) -> None:
+        if self.on_submit:
+            started = zip(jobs, packs, strict=False)
+            self.on_submit({point.number: str(job.job_id) for job, pack in started for point in pack})
 
     def _returns(self, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
-        """Hydra wants one return a job; the sweeper reads results instead."""
+        """Hydra wants one return a point; the sweeper reads results instead."""
         return [JobReturn(overrides=list(o), status=JobStatus.UNKNOWN) for o in job_overrides]
 
 
@@ -67,33 +97,8 @@ def _source_root() -> Path:
     return Path(kvquant.__file__).resolve().parent.parent
 
 
-def busy_s(jobs: Sequence[Any]) -> float:
-    """Seconds that the jobs' processes lived, summed, from the first line of their logs to their pickled returns."""
-    total = 0.0
-    for job in jobs:
-        # A job that was killed has no return; the last line of its log is the next best thing.
-        end = job.paths.result_pickle if job.paths.result_pickle.exists() else job.paths.stdout
-        with contextlib.suppress(OSError):
-            total += max(0.0, end.stat().st_mtime - _born_s(job.paths.stdout))
-    return total
-
-
-def _born_s(log: Path) -> float:
-    """When the process behind a log started: the time in submitit's first line, to the millisecond."""
-    import datetime
-    import re
-
-    with open(log, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            found = re.match(r"submitit INFO \((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d+)\)", line)
-            if found:
-                moment = datetime.datetime.strptime(found.group(1), "%Y-%m-%d %H:%M:%S")
-                return moment.timestamp() + int(found.group(2)) / 1000
-    return log.stat().st_mtime
-
-
 class WaitingSlurmLauncher(WaitingLauncher, SlurmLauncher):
-    """One Slurm array per batch of points; waits until Slurm says that each of its jobs is over."""
+    """One Slurm array per batch of jobs; waits until Slurm says that each of its jobs is over."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Submit, and wait unless ``detach``.
@@ -111,15 +116,14 @@ class WaitingSlurmLauncher(WaitingLauncher, SlurmLauncher):
         start_s = time.monotonic()
         try:
             executor = self._executor(params)
-            columns = zip(*self._job_parameters(job_overrides, initial_job_idx), strict=True)
+            packs = self._packs(job_overrides, initial_job_idx)
             # submitit repeats what sbatch says on stderr; it is in our message.
             with contextlib.redirect_stderr(io.StringIO()):
-                jobs = executor.map_array(self, *columns)
+                jobs = executor.map_array(self, packs, [Singleton.get_state()] * len(packs))
         except (FailedJobError, FailedSubmissionError) as error:
             raise LaunchError(_refusal(error, params)) from None
         ids = [str(job.job_id) for job in jobs]
-        if self.on_submit:
-            self.on_submit(initial_job_idx, ids)
+        self._submitted(jobs, packs)
         if not self.detach:
             try:
                 self._wait(jobs)
@@ -131,7 +135,7 @@ class WaitingSlurmLauncher(WaitingLauncher, SlurmLauncher):
                 raise
             wall_s = time.monotonic() - start_s
             slots = min(len(jobs), params.get("array_parallelism") or len(jobs))
-            self.overhead_s = max(0.0, wall_s - busy_s(jobs) / slots)
+            self.overhead_s = overhead_s(wall_s, [duration_s(job) for job in jobs], slots)
         return self._returns(job_overrides)
 
     def _executor(self, params: dict[str, Any]) -> Any:
@@ -177,7 +181,7 @@ def _refusal(error: Exception, params: dict[str, Any]) -> str:
 
 
 class WaitingLocalLauncher(WaitingLauncher, LocalLauncher):
-    """Processes on this machine, so many at a time; one GPU each where there are several."""
+    """Jobs as processes on this machine, so many at a time; one GPU each where there are several."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run every point and wait for it.
@@ -199,7 +203,8 @@ class WaitingLocalLauncher(WaitingLauncher, LocalLauncher):
         slots = params.pop("parallelism") or max(1, len(gpus))
         executor = submitit.LocalExecutor(folder=params.pop("submitit_folder"))
         executor.update_parameters(**{key: value for key, value in params.items() if value is not None})
-        pending = self._job_parameters(job_overrides, initial_job_idx)
+        packs = self._packs(job_overrides, initial_job_idx)
+        pending = list(packs)
         running: dict[int, Any] = {}
         start_s = time.monotonic()
         jobs: list[Any] = []
@@ -211,22 +216,21 @@ class WaitingLocalLauncher(WaitingLauncher, LocalLauncher):
                     if pending and slot not in running:
                         running[slot] = self._start(executor, gpus, slot, pending.pop(0))
                         jobs.append(running[slot])
-                        if self.on_submit:
-                            self.on_submit(initial_job_idx, [str(job.job_id) for job in jobs])
+                        self._submitted(jobs, packs)
                 time.sleep(0.1)
         finally:
             for job in running.values():
                 job.cancel()
         wall_s = time.monotonic() - start_s
-        self.overhead_s = max(0.0, wall_s - busy_s(jobs) / min(slots, len(jobs)))
+        self.overhead_s = overhead_s(wall_s, [duration_s(job) for job in jobs], slots)
         return self._returns(job_overrides)
 
-    def _start(self, executor: Any, gpus: list[int], slot: int, parameters: tuple[Any, ...]) -> Any:
+    def _start(self, executor: Any, gpus: list[int], slot: int, pack: list[PackedPoint]) -> Any:
         with _environment("PYTHONPATH", str(_source_root())):
             if gpus:
                 mine = [gpus[slot % len(gpus)]]
                 executor.update_parameters(gpus_per_node=1, visible_gpus=mine)
-            return executor.submit(self, *parameters)
+            return executor.submit(self, pack, Singleton.get_state())
 
 
 @contextlib.contextmanager

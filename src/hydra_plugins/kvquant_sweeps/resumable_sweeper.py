@@ -60,6 +60,11 @@ class ResumableSweeper(BasicSweeper):  # type: ignore[misc]
             super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         except Exception as error:
             raise ConfigError(f"hydra.launcher: {' '.join(str(error).split())}") from error
+        if config.sweep.points_per_job > 1 and not hasattr(self.launcher, "points_per_job"):
+            raise ConfigError(
+                f"sweep.points_per_job must be 1 with a launcher that starts no jobs, got {config.sweep.points_per_job}; "
+                "try hydra/launcher=athena or hydra/launcher=local"
+            )
 
     def _points(self, arguments: Sequence[str]) -> list[Any]:
         from kvquant.cli import CONFIG_NAME
@@ -93,7 +98,7 @@ class ResumableSweeper(BasicSweeper):  # type: ignore[misc]
         Raises:
             LaunchError: some points did not end well (exit code 1); the table names each.
         """
-        from kvquant.sweep_plan import finish_sweep, todo
+        from kvquant.sweep_plan import cut_off, finish_sweep, started_at, todo
 
         assert self.config is not None and self.launcher is not None
         settings = self.config.sweep
@@ -101,26 +106,38 @@ class ResumableSweeper(BasicSweeper):  # type: ignore[misc]
         OmegaConf.save(self.config, self._dir / "multirun.yaml")
         self._sweep.save(self._dir)
         pending = todo(self._dir, self._sweep)
-        # Hydra's basic launcher ignores what ours read.
-        launcher: Any = self.launcher
-        returns, overhead_s = [], 0.0
+        returns, overhead_s, num_jobs = [], 0.0, 0
         size = self.max_batch_size or max(1, len(pending))
         for start in range(0, len(pending), size):
             batch = pending[start : start + size]
-
-            def submitted(first: int, ids: list[str], batch: list[Any] = batch) -> None:
-                for point, job_id in zip(batch, ids, strict=False):
-                    point.job_id, point.ended = job_id, None
-                self._sweep.save(self._dir)
-
-            launcher.on_submit, launcher.detach = submitted, settings.detach
-            jobs = [
-                [*p.overrides, f"hydra.sweep.dir='{self._dir}'", f"hydra.sweep.subdir='{p.folder}'"]
-                for p in batch
-            ]
-            returns.append(launcher.launch(jobs, initial_job_idx=start))
-            overhead_s += getattr(launcher, "overhead_s", None) or 0.0
-        waited = hasattr(launcher, "overhead_s") and not settings.detach and pending
-        self._sweep.overhead_s_per_job = overhead_s / len(pending) if waited else None
+            while batch:
+                before = {point.folder: started_at(self._dir, point) for point in batch}
+                returns.append(self._launch(batch, start))
+                overhead_s += getattr(self.launcher, "overhead_s", None) or 0.0
+                num_jobs += getattr(self.launcher, "num_jobs", 0)
+                packed = settings.points_per_job > 1 and not settings.detach
+                batch = cut_off(self._dir, self._sweep, batch, before) if packed else []
+        waited = num_jobs and not settings.detach
+        self._sweep.overhead_s_per_job = overhead_s / num_jobs if waited else None
         finish_sweep(self._dir, self._sweep, detached=settings.detach)
         return returns
+
+    def _launch(self, batch: list[Any], first: int) -> Any:
+        """Launch points and write down the number of each one's job."""
+        assert self.config is not None
+        # Hydra's basic launcher ignores what ours read.
+        launcher: Any = self.launcher
+
+        def submitted(ids: dict[int, str]) -> None:
+            for number, job_id in ids.items():
+                batch[number - first].job_id, batch[number - first].ended = job_id, None
+            self._sweep.save(self._dir)
+
+        launcher.on_submit, launcher.detach = submitted, self.config.sweep.detach
+        launcher.points_per_job = self.config.sweep.points_per_job
+        launcher.run_dirs = [self._dir / point.folder for point in batch]
+        jobs = [
+            [*p.overrides, f"hydra.sweep.dir='{self._dir}'", f"hydra.sweep.subdir='{p.folder}'"]
+            for p in batch
+        ]
+        return launcher.launch(jobs, initial_job_idx=first)

@@ -122,6 +122,7 @@ class SweepConfig:
 
     resume: bool = False
     detach: bool = False
+    points_per_job: int = 1
     any_code: bool = False
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvquant.errors import ResultError
 from kvquant.results import FILE_NAME, load_result
-from kvquant.slurm import job_states
+from kvquant.sweep_plan import slurm_states
 from kvquant.sweeps import FILE_NAME as SWEEP_FILE
 from kvquant.sweeps import load_sweep
 
@@ -156,7 +156,7 @@ def _add_missing(path: Path, found: Collection) -> None:
         found.rejected.append((path, str(error)))
         return
     # A sweep nobody waited for (detached, or its launcher died) does not say how its jobs ended; Slurm may.
-    states = job_states([p.job_id for p in sweep.points if p.job_id]) if sweep.finished_at is None else {}
+    states = slurm_states(sweep, sweep.points) if sweep.finished_at is None else {}
     here = {run.folder: run for run in found.runs if run.folder.parent == path.parent}
     unreadable = {rejected.parent for rejected, _ in found.rejected}
     for point in sweep.points:
