@@ -194,6 +194,8 @@ def _check_data(data: Any, calibration: Any) -> None:
 
 def _check_surroundings(cfg: Any) -> None:
     _one_of("device", cfg.device, ("auto", "cpu", "cuda"))
+    graph = bool(cfg.task.get("cuda_graph"))
+    require(not (graph and cfg.device == "cpu"), "task.cuda_graph", "false with device=cpu", graph, "false")
     require(0 <= cfg.seed < 2**32, "seed", "0 to 4294967295", cfg.seed, "0")
     _at_least("sweep.points_per_job", cfg.sweep.points_per_job, 1, "1")
     _one_of("tracking.name", cfg.tracking.name, ("none", "wandb"))

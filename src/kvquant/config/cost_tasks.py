@@ -191,6 +191,7 @@ class EnergyTask(TaskConfig):
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     prompt_tokens: list[int] = field(default_factory=lambda: [512])
     decode_steps: int = 16
+    cuda_graph: bool = False
     windows: int = 5
     window_s: float = 5.0
     cooldown_s: float = 60.0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class QuantizedCache(Cache):
         self._pools: list[BlockPool] = []
         self._packed: CallTokens | None = None
         self._call: ForwardCall | None = None
+        self._held = False  # whether it is laid out and finished apart from its forward call
         devices = layer_devices(model)
         self._groups = group_layers(
             quantizers,
@@ -338,6 +340,8 @@ class QuantizedCache(Cache):
             DataError: no token at all, one beyond the context, or a mix that a long rope cannot turn.
             PoolExhausted: no room; everything stored is intact.
         """
+        if self._held:
+            return
         if self._packed is None and not self.rows:
             self.open(batch)
         tokens = self._packed or padded_tokens(self.rows, batch, columns, attention_mask)
@@ -369,9 +373,36 @@ class QuantizedCache(Cache):
             NonFiniteActivations: NaN, infinity or overflow in a key or value.
             PoolExhausted: outlier chunks ran out. Nothing of the call is kept in either case.
         """
+        if self._held:
+            return
         call, self._call = self._running(), None
         call.commit()
         self.num_columns += call.tokens.columns
+
+    def lay_out(self, lengths: Sequence[int]) -> ForwardCall:
+        """:meth:`begin` a call of so many new tokens of each open sequence, apart from its forward call.
+
+        For forward calls that can neither copy from the host nor wait for the device, such as captured ones: they run
+        in :meth:`laid_out`; :meth:`finish` may come before them.
+        """
+        self._packed = CallTokens(list(self.rows), list(lengths), max(lengths), None)
+        try:
+            self.begin(len(lengths), max(lengths), None, self._model.get_decoder().rotary_emb)
+        finally:
+            self._packed = None
+        call = self._running()
+        call.copy_layout()
+        return call
+
+    @contextlib.contextmanager
+    def laid_out(self, call: ForwardCall) -> Iterator[None]:
+        """Let the forward calls inside be ``call``, as often as it is repeated; they neither begin nor finish it."""
+        before = self._call, self._held
+        self._call, self._held = call, True
+        try:
+            yield
+        finally:
+            self._call, self._held = before
 
     def abandon(self) -> None:
         """Undo the reservations of a call that failed."""

@@ -113,6 +113,16 @@ class ForwardCall:
                 ropes[kind, layer.device] = tables[kind].to(layer.device)
         return cls(tokens, layers, pools, steps, ropes)
 
+    @property
+    def positions(self) -> Tensor:
+        """Position of every new token in its sequence, int64 [T]."""
+        return self._steps[0].positions
+
+    def copy_layout(self) -> None:
+        """Copy to the device what kernels ask for only when they run."""
+        for step in self._steps:
+            _ = step.runs, step.kv_lengths_tensor
+
     def attend(
         self,
         layer: int,

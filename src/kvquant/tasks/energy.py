@@ -35,7 +35,7 @@ from kvquant.energy.slurm import sacct_energy_j, slurm_job_id
 from kvquant.energy.statistics import fit_line
 from kvquant.energy.validity import disagreement_percent, window_faults
 from kvquant.energy.windows import MEASURED, Meter, Window
-from kvquant.errors import MeterError
+from kvquant.errors import DeviceError, MeterError
 from kvquant.report.energy import draw_energy_figure
 from kvquant.tasks.energy_loads import (
     TOO_LARGE,
@@ -64,6 +64,10 @@ def run(cfg: Any, context: Any) -> None:
         context: see :class:`kvquant.tasks.run_task.TaskContext`.
     """
     task, metrics = cfg.task, context.record.metrics
+    if task.cuda_graph and context.device.type != "cuda":
+        raise DeviceError(
+            f"task.cuda_graph=true needs an NVIDIA GPU, got device {context.device.type}; try task.cuda_graph=false"
+        )
     meter: Meter = context.meter
     metrics["meter"] = {
         "source": meter.source,
@@ -313,8 +317,10 @@ def _shelf(
     bench: Workbench, device: Any, variants: dict[str, Calibration], point: Point, stream: Tensor
 ) -> LoadShelf:
     prompts = uniform_prompts(stream, point.batch, point.prompt_tokens)
-    steps = bench.cfg.task.decode_steps
-    return LoadShelf(lambda name: ModelLoad(bench, variants[name], point, prompts, steps), device)
+    steps, graph = bench.cfg.task.decode_steps, bench.cfg.task.cuda_graph
+    return LoadShelf(
+        lambda name: ModelLoad(bench, variants[name], point, prompts, steps, cuda_graph=graph), device
+    )
 
 
 def _outside_meter() -> dict[str, Any]:

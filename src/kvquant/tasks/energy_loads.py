@@ -13,10 +13,13 @@ from kvquant.calibration import Calibration
 from kvquant.energy.fleet import PREFILL
 from kvquant.errors import PoolExhausted
 from kvquant.models import QuantizedCache, quantized_kv_cache
+from kvquant.models.decode_graph import DecodeGraph
 from kvquant.tasks.setup import Workbench
 
 # What a point raises whose cache, or the model's work on it, does not fit the memory.
 TOO_LARGE = (PoolExhausted, torch.OutOfMemoryError)
+# Prompts to decode from are stored in calls of about so many tokens: what a call needs beside the cache grows with it.
+FILL_TOKENS = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ class ModelLoad:
         point: batch, length and phase.
         prompts: one per sequence.
         decode_steps: tokens per sequence in one repetition of decoding.
+        cuda_graph: whether decoding is captured once and replayed, see :class:`DecodeGraph`.
 
     Raises:
         PoolExhausted: the cache does not fit the memory.
@@ -63,6 +67,8 @@ class ModelLoad:
         point: Point,
         prompts: list[Tensor],
         decode_steps: int,
+        *,
+        cuda_graph: bool = False,
     ) -> None:
         self._model, self._calibration, self._steps = bench.model, calibration, decode_steps
         # Ids go to the device once: moving them is no part of the work.
@@ -74,8 +80,19 @@ class ModelLoad:
                 per_sequence = -(-(point.prompt_tokens + decode_steps) // settings["block_size"])
                 settings["num_blocks"] = point.batch * per_sequence
             self._cache: QuantizedCache = kv.new_cache(max_sequences=point.batch, **settings)
-            self._first = self._cache.append(self._ids).argmax(-1)
+            at_once = point.batch
+            if point.phase != PREFILL:
+                at_once = max(1, FILL_TOKENS // point.prompt_tokens)
+            self._first = self._fill(at_once)
         self._repetition = self._prefill if point.phase == PREFILL else self._decode
+        self._capture = cuda_graph and point.phase != PREFILL
+
+    def _fill(self, at_once: int) -> Tensor:
+        """Store the prompts, so many in a call; returns the token that follows each, int64 [B]."""
+        rows = self._cache.open(len(self._ids))
+        pieces = range(0, len(rows), at_once)
+        logits = (self._cache.append(self._ids[i : i + at_once], rows[i : i + at_once]) for i in pieces)
+        return torch.cat([of_piece.argmax(-1) for of_piece in logits])
 
     def _prefill(self) -> None:
         self._cache.reset()
@@ -92,6 +109,10 @@ class ModelLoad:
         """Yield one repetition of the work, kernels compiled and device warm, the model hooked meanwhile."""
         with quantized_kv_cache(self._model, self._calibration):
             self._repetition()
+            if self._capture:
+                self._repetition = DecodeGraph(self._model, self._cache, self._first, self._steps)
+                self._capture = False
+                self._repetition()
             yield self._repetition
 
 
