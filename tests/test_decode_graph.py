@@ -116,7 +116,7 @@ def watched_steps(stored: Any) -> list[str]:
         return run
 
     # Short, because every program of a kernel runs in Python.
-    check_repetitions(*decoded(stored, "cpu", watching, backend="triton", lengths=[9], steps=2))
+    check_repetitions(*decoded(stored, "cpu", watching, backend="triton", lengths=[3], steps=2))
     return seen
 
 

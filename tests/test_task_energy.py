@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,10 +24,13 @@ from kvquant.energy.fleet import FleetLoad, assumptions_text, fleet_bill
 from kvquant.energy.protocol import FilledWindow
 from kvquant.energy.sampling import SampledMeter, ThreadSampler
 from kvquant.errors import ConfigError, MeterUnavailable, PoolExhausted
+from kvquant.models import quantized_kv_cache
+from kvquant.models.decode_graph import DecodeGraph
 from kvquant.results import load_result
-from kvquant.tasks import energy, run_task
-from kvquant.tasks.energy_loads import LoadShelf
+from kvquant.tasks import energy, energy_loads, run_task
+from kvquant.tasks.energy_loads import LoadShelf, ModelLoad, Point
 from kvquant.tasks.energy_summary import compare_point, energy_table, summarize_variant
+from small_models import exact, prompts_of, small_model
 
 GRID = CarbonIntensity(662.0, "test grid", pue=1.5)
 QUICK = (
@@ -175,6 +180,31 @@ def test_a_load_that_does_not_fit_alone_says_so() -> None:
         pass
 
 
+def test_captured_decoding_repeats_the_same_steps(monkeypatch) -> None:
+    """A load fills its cache piece by piece, and records its steps once."""
+    model, recorded = small_model("llama-gqa-llama3"), []
+
+    def record(work):
+        recorded.append(work)
+        return work
+
+    monkeypatch.setattr(energy_loads, "DecodeGraph", functools.partial(DecodeGraph, record=record))
+    monkeypatch.setattr(energy_loads, "FILL_TOKENS", 100)
+    settings = {"block_size": 64, "num_blocks": None, "memory_budget_gib": None}
+    bench = SimpleNamespace(model=model, cache_settings=lambda: dict(settings))
+    prompts, point = prompts_of([40, 40, 40]), Point("decode", 3, 40)
+    load = ModelLoad(bench, SimpleNamespace(quantizers=exact(model)), point, prompts, 4, cuda_graph=True)
+    with torch.inference_mode(), quantized_kv_cache(model, exact(model)) as kv:
+        expected = kv.new_cache(num_blocks=6, max_sequences=3).append(prompts).argmax(-1)
+    assert torch.equal(load._first, expected)
+    for _ in range(2):
+        with load.ready() as work:
+            work()
+        assert isinstance(work, DecodeGraph) and len(recorded) == 1
+        first, *_ = work.tokens.T
+        assert len(work.tokens.T) == 4 and torch.equal(work._first, expected) and len(first) == 3
+
+
 def filled(joules: list[float], repetitions: int = 10) -> list[FilledWindow]:
     return [
         FilledWindow(Window("prefill", "m", "measured", GRID, 6.0, j, tick_s=0.1), repetitions)
@@ -221,9 +251,20 @@ def test_the_fleets_bill_can_be_done_by_hand() -> None:
     assert row["kwh_per_day"] == pytest.approx(0.9)
     assert row["kgco2e_per_day"] == pytest.approx(0.9 * 0.662)
     assert assumptions_text(table["assumptions"]).startswith(
-        "3,600 requests a day of 1000 prompt and 200 answer tokens on average; what this meter sees, "
+        "3,600 requests a day of 1000 prompt and 200 answer tokens on average; prefill measured at 500, 1500 prompt tokens; "
+        "decode measured at 500, 1500 prompt tokens, between lengths interpolated and beyond them as at the nearest; what "
     )
     assert assumptions_text(table["assumptions"]).endswith("; 662 g/kWh (test grid), PUE 1.5")
+
+
+def test_a_fleet_of_captured_steps_says_what_they_leave_out() -> None:
+    points = [{**p, "captured": True} if p["phase"] == "decode" else p for p in fleet_points()]
+    bill = fleet_bill(points, FleetLoad(3600, [0.0, 1.0], [1000, 1000], [200, 200]), GRID)
+    text = assumptions_text(bill["assumptions"])
+    assert (
+        "decode (CUDA graph) measured at 500, 1500 prompt tokens without the host's part of a decoding step"
+        in text
+    )
 
 
 @pytest.mark.parametrize("cell", [{"faults": ["fewer than 5 windows"]}, {"energy_kind": "estimated"}])
@@ -260,6 +301,7 @@ def test_reasons_are_numbered_under_the_table(calibration_dir) -> None:
         ("task.window_s=0", "task.window_s must be above 0 seconds"),
         ("task.fleet_levels=[0.5,0.2]", "task.fleet_levels must be rising"),
         ("task.fleet_generated_tokens=[5]", "task.fleet_generated_tokens must be as long as"),
+        ("task.cuda_graph=true", "task.cuda_graph must be false with device=cpu"),
         ("energy.pue=0.9", "energy.pue must be 1 or more"),
         ("energy.g_per_kwh=-1", "energy.g_per_kwh must be 0 or more"),
     ],

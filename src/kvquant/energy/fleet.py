@@ -42,6 +42,11 @@ class FleetLoad:
         return prompts, answers
 
 
+def phase_name(point: dict[str, Any]) -> str:
+    """A point's phase as tables call it, with what is special about how it was run."""
+    return f"{point['phase']} (CUDA graph)" if point.get("captured") else str(point["phase"])
+
+
 def is_valid(cell: dict[str, Any]) -> bool:
     """Whether a method's joules at a point may be published: measured, and nothing against them."""
     return cell.get("energy_kind") == MEASURED and not cell.get("faults") and "j_per_token_mean" in cell
@@ -87,6 +92,7 @@ def fleet_bill(points: Sequence[dict[str, Any]], load: FleetLoad, grid: CarbonIn
             "mean_context_tokens": float(prompts.mean()),
             "mean_generated_tokens": float(answers.mean()),
             "energy": "what this meter sees, no other part of the servers, every batch full all day",
+            "joules_per_token": _measured_where(points),
             **dataclasses.asdict(grid),
         },
         "rows": rows,
@@ -97,9 +103,21 @@ def assumptions_text(assumptions: dict[str, Any]) -> str:
     """One line that says what a bill rests on."""
     return (
         f"{assumptions['requests_per_day']:,} requests a day of {assumptions['mean_context_tokens']:.0f} prompt and "
-        f"{assumptions['mean_generated_tokens']:.0f} answer tokens on average; {assumptions['energy']}; "
+        f"{assumptions['mean_generated_tokens']:.0f} answer tokens on average; {assumptions['joules_per_token']}; {assumptions['energy']}; "
         f"{assumptions['g_per_kwh']:.0f} g/kWh ({assumptions['source']}), PUE {assumptions['pue']:g}"
     )
+
+
+def _measured_where(points: Sequence[dict[str, Any]]) -> str:
+    """At which lengths each phase was measured, and how decoding ran."""
+    at = []
+    for name in sorted({phase_name(point) for point in points}, reverse=True):
+        lengths = sorted({point["prompt_tokens"] for point in points if phase_name(point) == name})
+        at.append(f"{name} measured at {', '.join(map(str, lengths))} prompt tokens")
+    text = "; ".join(at)
+    if any(point.get("captured") for point in points):
+        text += " without the host's part of a decoding step"
+    return f"{text}, between lengths interpolated and beyond them as at the nearest"
 
 
 def _curve(points: Sequence[dict[str, Any]], phase: str, batch: int, name: str) -> list[tuple[float, float]]:

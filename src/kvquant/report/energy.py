@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvquant.energy.fleet import FleetLoad, assumptions_text, fleet_bill, is_valid
+from kvquant.energy.fleet import FleetLoad, assumptions_text, fleet_bill, is_valid, phase_name
 from kvquant.energy.windows import CarbonIntensity
 from kvquant.report.collect import Run
 from kvquant.report.series import blocks
@@ -66,7 +66,7 @@ def _rows(run: Run, point: dict[str, Any]) -> list[list[Cell]]:
             ]
         reason = cell.get("does_not_fit") or "; ".join(cell["faults"])
         carbon = [f"{grid.g_per_kwh:g}", f"{grid.pue:g}", grid.source]
-        place = [point["phase"], str(point["batch"]), str(point["prompt_tokens"]), name]
+        place = [phase_name(point), str(point["batch"]), str(point["prompt_tokens"]), name]
         rows.append(
             [
                 *map(Cell, place),

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from kvquant.calibration import Calibration, exact_calibration
-from kvquant.energy.fleet import PREFILL, FleetLoad, fleet_bill
+from kvquant.energy.fleet import DECODE, PREFILL, FleetLoad, fleet_bill
 from kvquant.energy.nvml import SYSTEMATIC_PERCENT
 from kvquant.energy.protocol import (
     MAX_PHASE_DELAY_S,
@@ -309,7 +309,15 @@ def _sweep(
                 summaries[name] = summarize_variant(filled[point, name], tokens, idle.power_w, mig=mig)
                 if len(gpus[point]) > 1:
                     summaries[name]["faults"].append("windows of several GPUs: the job moved")
-        out.append({**dataclasses.asdict(point), "variants": summaries, **compare_point(summaries, EXACT)})
+        captured = {"captured": bool(task.cuda_graph)} if point.phase == DECODE else {}
+        out.append(
+            {
+                **dataclasses.asdict(point),
+                **captured,
+                "variants": summaries,
+                **compare_point(summaries, EXACT),
+            }
+        )
     return out
 
 

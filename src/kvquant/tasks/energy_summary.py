@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from kvquant.energy.fleet import assumptions_text
+from kvquant.energy.fleet import assumptions_text, phase_name
 from kvquant.energy.protocol import FilledWindow
 from kvquant.energy.statistics import coefficient_of_variation, mean_interval, paired_ratio
 from kvquant.energy.validity import disagreement_percent, series_faults
@@ -115,7 +115,7 @@ def energy_table(metrics: dict[str, Any], cfg: Any) -> tuple[str, list[str], lis
 
 
 def _rows(point: dict[str, Any], reasons: dict[str, int]) -> list[Row]:
-    label = f"{point['phase']} {point['batch']} x {point['prompt_tokens']}"
+    label = f"{phase_name(point)} {point['batch']} x {point['prompt_tokens']}"
     rows: list[Row] = []
     for name, cell in point["variants"].items():
         if "does_not_fit" in cell:
