@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvquant import compiled, nuq
+from kvquant import codebooks, compiled, nuq
 from kvquant.errors import NonFiniteActivations, PoolExhausted
 from kvquant.kernels import get_backend
 from kvquant.one_thread import one_thread
@@ -234,3 +234,15 @@ def test_other_elements_take_pytorch():
     assert compiled.can_compile(torch.zeros(2, dtype=torch.bfloat16))
     assert not compiled.can_compile(torch.zeros(2, dtype=torch.float64))
     assert not compiled.can_compile(torch.zeros(2, device="meta"))
+
+
+@pytest.mark.parametrize("kind", ["random", "equally heavy", "with gaps"])
+def test_the_best_clusters_are_the_same(plain, kind: str) -> None:
+    rng = np.random.default_rng(1)
+    weight = np.ones(700) if kind == "equally heavy" else rng.random(700) ** 4 + 1e-9
+    points = np.linspace(-1, 1, 700) if kind == "equally heavy" else np.sort(rng.normal(size=700))
+    if kind == "with gaps":
+        points = points.round(1)
+    starts = codebooks._optimal_cluster_starts(weight, weight * points, 64)
+    plain()
+    assert np.array_equal(starts, codebooks._optimal_cluster_starts(weight, weight * points, 64))

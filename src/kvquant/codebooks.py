@@ -7,7 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvquant import compiled
+
 _CHUNK_ELEMENTS = 1 << 20  # fp32 temporaries of 4 MiB: large enough to vectorise, small enough for the cache
+_MANY_CLUSTERS = 32
 _NEGLIGIBLE_WEIGHT = 1e-13  # of the total: below it, differences of fp64 prefix sums are rounding noise
 
 
@@ -161,8 +164,12 @@ def _optimal_cluster_starts(
     best = np.full(num_points + 1, -np.inf)
     best[1:] = total_s[1:] ** 2 / total_w[1:]
     splits = np.zeros((num_clusters, num_points + 1), dtype=np.int64)
+    last_split = _best_last_split
+    # Loading what is compiled takes as long as a few clusters do here.
+    if num_clusters >= _MANY_CLUSTERS and compiled.has_numba():
+        from kvquant.compiled.cluster_loops import best_last_split as last_split
     for clusters in range(2, num_clusters + 1):
-        best, splits[clusters - 1] = _best_last_split(best, total_w, total_s, clusters)
+        best, splits[clusters - 1] = last_split(best, total_w, total_s, clusters)
     starts = np.zeros(num_clusters, dtype=np.int64)
     end = num_points
     for cluster in range(num_clusters - 1, 0, -1):
