@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import socket
 import threading
 import time
@@ -84,6 +85,19 @@ def test_rapl_without_zones_or_rights_is_refused(tmp_path: Path) -> None:
     rapl_zone(tmp_path, "intel-rapl:0", "package-0", 1).write_text("not a number")
     with pytest.raises(MeterError, match="try energy.meter=auto"):
         RaplCounter(tmp_path)
+
+
+def test_codecarbon_is_told_the_processors_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo, cpu = pytest.importorskip("cpuinfo"), pytest.importorskip("codecarbon.core.cpu")
+    monkeypatch.setattr(cpu, "detect_cpu_model", cpu.detect_cpu_model)
+    monkeypatch.setattr("kvquant.energy.codecarbon_meter.cpu_name", lambda: "Intel(R) Xeon(R) Platinum 8480+")
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: pytest.fail("a process of a second, for a name"))
+    open_meter("codecarbon")
+    assert cpu.TDP().model == "Intel(R) Xeon(R) Platinum 8480+"
+    monkeypatch.setattr("kvquant.energy.codecarbon_meter.cpu_name", lambda: platform.machine())
+    told = cpu.detect_cpu_model
+    open_meter("codecarbon")
+    assert cpu.detect_cpu_model is told, "no name is no news"
 
 
 def test_codecarbon_estimates_offline_and_quietly(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import platform
 import time
 from pathlib import Path
 from typing import Any
 
 from kvquant.energy.windows import ESTIMATED, JOULES_PER_KWH, CarbonIntensity, Meter, Window
 from kvquant.errors import ConfigError, MeterUnavailable
+from kvquant.provenance import cpu_name
 
 
 class CodeCarbonMeter(Meter):
@@ -32,6 +35,7 @@ class CodeCarbonMeter(Meter):
     def __init__(self, intensity: CarbonIntensity, country: str) -> None:
         super().__init__("CodeCarbon, CPU model", ESTIMATED, intensity)
         _quiet_codecarbon()
+        _name_processor()
         self._open_windows: list[list[float]] = []  # joules so far of each open window
         before_s = time.perf_counter()
         try:
@@ -84,6 +88,20 @@ class CodeCarbonMeter(Meter):
             raise MeterUnavailable("CodeCarbon must end the task it started, got none; measure again")
         for joules in self._open_windows:
             joules[0] += float(data.energy_consumed) * JOULES_PER_KWH
+
+
+def _name_processor() -> None:
+    """Tell CodeCarbon what Linux calls the processor.
+
+    It would ask py-cpuinfo, which starts a process and measures clock rates for over a second, and then says the same.
+    """
+    name = cpu_name()
+    with contextlib.suppress(ImportError):
+        from codecarbon.core import cpu
+
+        # Where Linux has no name for it (most of Arm), py-cpuinfo knows more.
+        if name not in (platform.processor(), platform.machine()) and hasattr(cpu, "detect_cpu_model"):
+            cpu.detect_cpu_model = lambda: name
 
 
 def _quiet_codecarbon() -> None:
