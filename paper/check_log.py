@@ -1,6 +1,6 @@
 """Fail when the paper's log shows what a reader would see: python paper/check_log.py paper/build/main.log.
 
-Refused are boxes that stick out by more than 10 pt, references and citations that nothing defines, and missing glyphs.
+Refused are boxes that stick out and tables that overrun their page by more than 10 pt, references and citations that nothing defines, and missing glyphs.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def problems(log: str) -> list[str]:
     found = [
         f"overfull box by {points} pt{where.rstrip()}"
         for points, where in re.findall(r"Overfull \\[hv]box \(([\d.]+)pt too (?:wide|high)\)(.*)", joined)
+        if float(points) > MAX_OVERFULL_PT
+    ]
+    found += [
+        f"float too large for its page by {points} pt{where.rstrip()}"
+        for points, where in re.findall(r"Float too large for page by ([\d.]+)pt(.*)", joined)
         if float(points) > MAX_OVERFULL_PT
     ]
     for pattern, name in REFUSED:

@@ -205,7 +205,7 @@ def test_a_bench_in_several_parts_and_the_compile_table_fill_their_tables(tmp_pa
 
     (tmp_path / "data").mkdir()
     row = {"kernel": "_decode", "case": "a_b", "sm": 90, "registers": 128, "spills": 0}
-    (tmp_path / "data" / "compile_table.json").write_text(json.dumps({"rows": [row]}))
+    (tmp_path / "data" / "compile_table.json").write_text(json.dumps({"rows": [row, {**row, "spills": 26}]}))
     runs = [
         part("decode", "8x32768", speedup_over_full_precision=1.75, copy_fraction=0.5),
         part("layer_share", "1x32768", percent_of_layer=0.81),
@@ -220,7 +220,10 @@ def test_a_bench_in_several_parts_and_the_compile_table_fill_their_tables(tmp_pa
     decode = (tmp_path / "generated" / "table-decode.tex").read_text()
     assert r"\multicolumn{3}{c}{times full precision}" in decode and "& -- & 1.75 & --" in decode
     assert (tmp_path / "generated" / "figure-decode.pdf").is_file()
-    assert r"\_decode & a\_b & 90 &" in (tmp_path / "generated" / "table-compiled.tex").read_text()
+    assert (
+        r"\_decode & 90 & 2 & -- & 128 & 0--26 &"
+        in (tmp_path / "generated" / "table-compiled.tex").read_text()
+    )
 
 
 def test_a_second_call_leaves_nothing_of_the_first(tmp_path: Path) -> None:
@@ -291,6 +294,7 @@ GOOD = "This is pdfTeX\nOverfull \\hbox (9.9pt too wide) in paragraph\nOutput wr
     [
         ("", None),
         ("Overfull \\hbox (10.1pt too wide) in paragraph at lines 3--4", "overfull box by 10.1 pt"),
+        ("LaTeX Warning: Float too large for page by 55.2pt on input line 93.", "float too large"),
         ("LaTeX Warning: Reference `tab:x' on page 1 undefined on input line 7.", "undefined reference"),
         (
             "Package natbib Warning: Citation `nobody2020' on page 1 undefined on input li",

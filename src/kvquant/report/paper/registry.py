@@ -209,8 +209,16 @@ def _serving() -> Iterator[Macro]:
             ("Preemptions", "preemptions", "d"),
             ("TtftMedian", "ttft_s_p50", ".1f"),
             ("Makespan", "makespan_s", ".1f"),
+            ("Rate", "new_tokens_per_s", ".0f"),
         ):
             yield Macro(f"Serve{word}{name}", "serve", ("metrics", cache, key), spec)
+
+
+def _largest() -> Iterator[Macro]:
+    yield Macro("LargestDevice", "largest", ("provenance", "device"))
+    yield Macro("LargestTokens", "largest", ("config", "task", "prompt_tokens"), ",d")
+    for name, key in (("Exact", "exact"), *((f"Nuq{WORDS[bits]}", f"nuq{bits}") for bits in (2, 3, 4))):
+        yield Macro(f"Largest{name}", "largest", ("metrics", f"{key}_sequences"), "d")
 
 
 def _energy() -> Iterator[Macro]:
@@ -237,6 +245,11 @@ def _energy() -> Iterator[Macro]:
         agreement = ("metrics", "agreement")
         yield Macro(f"{prefix}AgreementSeconds", source, (*agreement, "window_s"), ".0f")
         yield Macro(f"{prefix}Disagreement", source, (*agreement, "disagreement_percent"), ".2f")
+
+    alone = Where((("phase", "decode"), ("batch", 1)))
+    for bits in (2, 3, 4):
+        ratio = ("metrics", "points", alone, "headline", f"nuq{bits}")
+        yield Macro(f"EnergyDecodeAloneNuq{WORDS[bits]}Ratio", "energydecode", ratio, ".3f", 1.0, True)
 
 
 def _history() -> Iterator[Macro]:
@@ -299,6 +312,7 @@ MACROS: tuple[Macro, ...] = (
     *_prefill(),
     *_storage(),
     *_serving(),
+    *_largest(),
     *_energy(),
     *_history(),
     *_ruler(),

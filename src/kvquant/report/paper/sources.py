@@ -132,6 +132,12 @@ SOURCES = (
     Source("kernelscpu", "every operation on a CPU", "task=kernels device=cpu", _cpu_kernels),
     Source("kernels", "every operation on a GPU", "task=kernels device=cuda", _on_gpu("kernels")),
     Source(
+        "largest",
+        "prompts of 16K tokens that a GPU's memory holds",
+        "task=largest_batch device=cuda",
+        _on_gpu("largest_batch"),
+    ),
+    Source(
         "energyprefill",
         "measured joules of prefill",
         "task=energy energy.meter=nvml task.phases=[prefill]",

@@ -222,13 +222,11 @@ KERNEL_TABLES = (
 
 
 def compiled(data: dict[str, Any] | None) -> str:
-    """What the Triton kernels compile to: the rows of ``python -m kvquant.bench.compile_table --json``."""
+    """What the Triton kernels compile to, from ``python -m kvquant.bench.compile_table --json``: a line for each kernel
+    and architecture, with the range over its widths and shapes."""
     if data is None:
         return tex.NOT_MEASURED
     columns = {
-        "kernel": "kernel",
-        "case": "first used by",
-        "sm": "sm",
         "warps": "warps",
         "registers": "registers",
         "spills": "spills",
@@ -238,8 +236,21 @@ def compiled(data: dict[str, Any] | None) -> str:
         "hmma": "HMMA",
         "wgmma": "wgmma",
     }
-    rows = [[tex.plain(str(row.get(key, ""))) for key in columns] for row in data["rows"]]
-    return tex.tabular(list(columns.values()), rows)
+    variants: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        variants.setdefault((row["kernel"], row["sm"]), []).append(row)
+    rows = [
+        [tex.plain(kernel), str(sm), str(len(found)), *(_range(key, found) for key in columns)]
+        for (kernel, sm), found in variants.items()
+    ]
+    return tex.tabular(["kernel", "sm", "variants", *columns.values()], rows)
+
+
+def _range(key: str, rows: Sequence[dict[str, Any]]) -> str:
+    numbers = sorted(row[key] for row in rows if key in row)
+    if not numbers:
+        return _dash(None)
+    return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}--{numbers[-1]}"
 
 
 Builder = Callable[[Run], str]
