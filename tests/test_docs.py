@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -121,6 +122,12 @@ def test_every_command_of_a_laptop_runs(command: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_module_that_is_run_exists(page: Path) -> None:
+    for name in re.findall(r"python -m (kvquant[\w.]*)", page.read_text()):
+        assert importlib.util.find_spec(name), name
+
+
 def test_makefile_has_every_target_that_is_named() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = README + (ROOT / "CONTRIBUTING.md").read_text() + (ROOT / "paper" / "README.md").read_text()
@@ -192,6 +199,7 @@ def test_the_tree_is_the_tree() -> None:
             continue
         inside = inside and line.startswith("  ")
         for name in names:
+            assert not inside or name.rstrip("/") not in named, f"{name} stands in the tree twice"
             path = ROOT / ("src/kvquant" if inside else "") / name
             assert path.exists() or name in ("outputs/", "multirun/"), name
             if inside:
