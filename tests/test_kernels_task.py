@@ -182,6 +182,17 @@ def test_timings_take_inputs_in_turn_and_put_them_back():
     timing = Clock(CPU, seconds=0.0).measure(seen.append, 2, prepare=prepared.append)
     assert seen == prepared == [0, 0, 1, 0, 1] and timing.repeats == 3
     assert timing.low_s <= timing.median_s <= timing.high_s
+
+
+def test_ways_take_turns():
+    seen = []
+    ways = [lambda copy, name=name: seen.append(f"{name}{copy}") for name in "ab"]
+    timings = Clock(CPU, seconds=0.0).in_turns(ways, 2)
+    assert [t.repeats for t in timings] == [7, 7]
+    assert seen[:6] == ["a0", "b0", "a1", "b1", "a0", "b0"]
+
+
+def test_copies_are_enough_for_the_cache():
     assert copies_past_cache(1 << 40, CPU, 9) == 2 and copies_past_cache(1, CPU, 9) == 9
 
 

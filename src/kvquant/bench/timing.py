@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ Way = Callable[[int], object]
 # time between two events is the device's alone.
 _HEAD_START_CYCLES = 1_000_000
 _FEWEST_REPEATS = 3
+# Of ways that take turns on a machine that others use too.
+_FEWEST_TURNS = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,25 @@ class Clock:
         repeats = max(_FEWEST_REPEATS, min(self.most_repeats, repeats))
         order = [(i + 1) % copies for i in range(repeats)]
         return Timing.of((self._by_events if self.is_cuda else self._by_clock)(way, order, prepare))
+
+    def in_turns(self, ways: Sequence[Way], copies: int = 1) -> list[Timing]:
+        """Time several ways that take turns: what else a machine does then meets them all alike.
+
+        Args:
+            ways: each is called once to warm up.
+            copies: how many inputs there are.
+        """
+        for way in ways:
+            way(0)
+        seconds: list[list[float]] = [[] for _ in ways]
+        start_s, turn = time.perf_counter(), 0
+        while turn < _FEWEST_TURNS or (
+            turn < self.most_repeats and time.perf_counter() - start_s < self.seconds
+        ):
+            turn += 1
+            for way, found in zip(ways, seconds, strict=True):
+                found += (self._by_events if self.is_cuda else self._by_clock)(way, [turn % copies], None)
+        return [Timing.of(found) for found in seconds]
 
     def eager_s(self, way: Way, copies: int, repeats: int = 20) -> float:
         """Seconds of a call among many in a row, what the host takes to launch it included."""
