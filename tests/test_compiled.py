@@ -193,6 +193,16 @@ def test_ties_are_split_equally(plain, dtype, levels, channels, n):
         assert not torch.signbit(ours[1][ours[1] == 0]).any()
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 30, 49, 50, 149, 151, 4096])
+def test_any_number_is_sorted(count):
+    from kvquant.compiled.select_loops import sort_few
+
+    keys = np.random.default_rng(count).integers(-(1 << 40), 1 << 40, count)
+    expected = np.sort(keys)
+    sort_few(keys)
+    assert np.array_equal(keys, expected)
+
+
 def test_ranges_of_rows_cover_all_once(many_threads):
     with one_thread():  # what PyTorch's own operations run under
         found = compiled.in_parts(10, 10, lambda first, last: (first, last))

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvquant.compiled import loop
+from kvquant.compiled.select_loops import sort_few
 
 Array = NDArray[Any]
 
@@ -49,8 +50,9 @@ def append_outliers(
             base_value[block, h, entry] = values[i]
             continue
         if num_spilled == len(spilled):
-            spilled = np.append(spilled, spilled)
-            position = np.append(position, position)
+            longer = np.empty((2, 2 * num_spilled), np.int64)
+            longer[0, :num_spilled], longer[1, :num_spilled] = spilled, position
+            spilled, position = longer[0], longer[1]
         spilled[num_spilled], position[num_spilled] = i, entry - base
         num_new += (entry - base) % lanes == 0
         num_spilled += 1
@@ -60,17 +62,19 @@ def append_outliers(
         return False
     if num_spilled == 0:
         return True
-    groups = np.empty(num_spilled, np.int64)
+    # Chunks are handed out by (block, head), in every backend; within one, entries keep their order.
+    order = np.empty(num_spilled, np.int64)
     for k in range(num_spilled):
         flat = found[spilled[k]]
-        groups[k] = slot_block[flat // C] * H + flat % C // head_dim
-    # Chunks are handed out by (block, head), in every backend.
+        order[k] = (slot_block[flat // C] * H + flat % C // head_dim) * num_spilled + k
+    sort_few(order)
     group, chunk = np.int64(-1), np.int64(0)
-    for k in np.argsort(groups, kind="mergesort"):
+    for n in range(num_spilled):
+        of, k = order[n] // num_spilled, order[n] % num_spilled
         i, ordinal, lane = spilled[k], position[k] // lanes, position[k] % lanes
-        block, h = groups[k] // H, groups[k] % H
-        if groups[k] != group:
-            group = groups[k]
+        block, h = of // H, of % H
+        if of != group:
+            group = of
             # To the chunk that the entry goes to, or that the new one is linked from.
             chunk = spill_head[block, h]
             for _ in range(ordinal if lane else ordinal - 1):

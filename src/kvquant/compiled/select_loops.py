@@ -34,16 +34,21 @@ def reached_by(extremes: Array, count: int) -> int:
 
 @loop
 def sort_few(keys: Array) -> None:
-    """Sort in place; some thirty numbers, so by insertion, unless ties have let many more through."""
-    if len(keys) > 100:
-        keys.sort()
-        return
-    for i in range(1, len(keys)):
-        key, j = keys[i], i
-        while j > 0 and keys[j - 1] > key:
-            keys[j] = keys[j - 1]
-            j -= 1
-        keys[j] = key
+    """Sort in place: some thirty numbers, by insertion, unless ties have let many through; then Shell's way, by gaps.
+
+    numba's own sort takes longer to compile than all else here together.
+    """
+    gap = 1
+    while gap < len(keys) // 50:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for i in range(gap, len(keys)):
+            key, j = keys[i], i
+            while j >= gap and keys[j - gap] > key:
+                keys[j] = keys[j - gap]
+                j -= gap
+            keys[j] = key
+        gap //= 3
 
 
 @loop
