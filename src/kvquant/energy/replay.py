@@ -31,8 +31,9 @@ class RecordedSampler:
     """Hands out the samples of a trace that lie around a window.
 
     Attributes:
-        busy_s: reading costs nothing.
+        busy_s, cpu_s: reading costs nothing.
         seen_tick_s: the recording itself says.
+        reads: nobody reads.
 
     Args:
         trace: in order of time.
@@ -40,8 +41,9 @@ class RecordedSampler:
         margin_s: how far beyond a window's edges samples are handed out.
     """
 
-    busy_s = 0.0
+    busy_s = cpu_s = 0.0
     seen_tick_s = None
+    reads: list[tuple[float, float]] | None = None
 
     def __init__(self, trace: Sequence[Sample], clock: ReplayClock, margin_s: float) -> None:
         self._trace, self._clock, self._margin_s = list(trace), clock, margin_s

@@ -35,9 +35,15 @@ class Sampler(Protocol):
     def now_s(self) -> float:
         """The clock of the samples."""
 
+    reads: list[tuple[float, float]] | None
+
     @property
     def busy_s(self) -> float:
         """Seconds spent reading so far."""
+
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of a processor that reading in the background took so far."""
 
     @property
     def seen_tick_s(self) -> float | None:
@@ -57,7 +63,10 @@ class ThreadSampler:
             last edge, of everything. None: ``read`` sees it all.
 
     Attributes:
-        busy_s: seconds spent reading so far: what measuring costs at most.
+        busy_s: seconds spent reading so far, waiting for the driver included.
+        cpu_s: seconds of a processor that the threads took so far, asleep in the driver or not: what reading beside the
+            work costs at most where the work has a processor of its own.
+        reads: start and end of every reading of the thread, seconds, if set to a list.
         seen_tick_s: seconds between two changes of the counter, learned at the first window's edge.
 
     Raises:
@@ -76,7 +85,8 @@ class ThreadSampler:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self.busy_s = 0.0
+        self.busy_s = self.cpu_s = 0.0
+        self.reads: list[tuple[float, float]] | None = None
         self.seen_tick_s: float | None = None
 
     def now_s(self) -> float:
@@ -166,6 +176,7 @@ class ThreadSampler:
         return sample
 
     def _run(self) -> None:
+        cpu_s = 0.0
         while True:
             with self._changed:
                 if not self._open:
@@ -173,12 +184,18 @@ class ThreadSampler:
                 self._changed.wait(min(poll_s for _, poll_s in self._open))
                 if not self._open:
                     return
+            before_s = self.now_s()
             try:
                 self._take(self._read if self._look is None else functools.partial(self._look, False))
             except Exception as error:
                 # A thread has nobody to raise to: whatever it was is told to whoever closes the window.
                 self._error = error
                 return
+            if self.reads is not None:
+                self.reads.append((before_s, self.now_s()))
+            thread_s = time.thread_time()
+            self.cpu_s += thread_s - cpu_s
+            cpu_s = thread_s
 
     def _wait_for_tick(self, seen: Sample) -> Sample | None:
         """Wait until the counter has changed since ``seen``, for three ticks at most; returns the sample that saw it."""
@@ -228,12 +245,13 @@ class SampledMeter(Meter):
         """The sampler's clock, seconds."""
         return self._sampler.now_s()
 
-    def _open(self, poll_s: float | None) -> float:
+    def _open(self, poll_s: float | None) -> tuple[float, float]:
         self._sampler.start(poll_s or self._poll_s)
-        return self._sampler.busy_s
+        return self._sampler.busy_s, self._sampler.cpu_s
 
-    def _measure(self, window: Window, opened: float, start_s: float, end_s: float) -> None:
-        busy_s = self._sampler.busy_s - opened
+    def _measure(self, window: Window, opened: tuple[float, float], start_s: float, end_s: float) -> None:
+        # Before the last edge's own readings: the work is over by then.
+        busy_s, cpu_s = self._sampler.busy_s - opened[0], self._sampler.cpu_s - opened[1]
         samples = self._sampler.stop(end_s)
         window.tick_s = self._sampler.seen_tick_s or observed_tick_s(samples)
         max_gap_s = max(MAX_POWER_GAP_S, 5 * self._poll_s)
@@ -245,7 +263,14 @@ class SampledMeter(Meter):
         window.state = summarize_states(states)
         if window.duration_s > 0:
             window.state["reading_percent"] = 100 * busy_s / window.duration_s
+            window.state["reading_cpu_percent"] = 100 * cpu_s / window.duration_s
         window.energy_j = counter_energy(samples, start_s, end_s, self._limits, window.tick_s)
+
+    def note_reads(self) -> list[tuple[float, float]]:
+        """Return a list that gets start and end of every background reading from now on, seconds."""
+        reads: list[tuple[float, float]] = []
+        self._sampler.reads = reads
+        return reads
 
     def close(self) -> None:
         """Stop sampling and release the device."""
