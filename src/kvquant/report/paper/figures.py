@@ -158,8 +158,8 @@ def _blocks(runs: list[Run], path: Path) -> None:
     with figure(path, COLUMN_IN, 1.8, columns=2) as axes:
         for axis, key, text in zip(
             axes,
-            ("memory.quantized.effective_bits", "prefill.ttft_s_quantized"),
-            ("effective bits", "time to first token, s"),
+            ("memory.quantized.effective_bits", "prefill.ttft_overhead_percent"),
+            ("effective bits", "first token later, % of exact"),
             strict=True,
         ):
             axis.plot(
