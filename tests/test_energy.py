@@ -87,6 +87,20 @@ def test_rapl_without_zones_or_rights_is_refused(tmp_path: Path) -> None:
         RaplCounter(tmp_path)
 
 
+def test_rapl_that_root_alone_may_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rapl_zone(tmp_path, "intel-rapl:0", "package-0", 1)
+    read_text = Path.read_text
+
+    def refused(path: Path, *args: object, **kwargs: object) -> str:
+        if path.name == "energy_uj":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(MeterUnavailable, match=r"Permission denied.*run as root or try energy\.meter=auto"):
+        open_rapl(GRID, tmp_path)
+
+
 def test_codecarbon_is_told_the_processors_name(monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo, cpu = pytest.importorskip("cpuinfo"), pytest.importorskip("codecarbon.core.cpu")
     monkeypatch.setattr(cpu, "detect_cpu_model", cpu.detect_cpu_model)
@@ -193,7 +207,8 @@ def test_a_meter_beside_is_reported_and_never_added(tmp_path: Path) -> None:
 
 def fake_sacct(folder: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
     script = folder / "sacct"
-    script.write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+    # Asked for JobID, it would call a member of an array 5_2.
+    script.write_text(f"#!/bin/sh\n[ \"$6\" = JobIDRaw,ConsumedEnergyRaw ] && printf '{lines}'\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 

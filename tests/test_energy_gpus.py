@@ -12,8 +12,10 @@ import pytest
 from kvquant.energy import CarbonIntensity
 from kvquant.energy.gpus import find_gpu, other_processes, slowdowns
 from kvquant.energy.nvml import gpu_meter
+from kvquant.energy.protocol import FilledWindow
 from kvquant.energy.validity import window_faults
 from kvquant.errors import MeterUnavailable
+from kvquant.tasks.energy_summary import summarize_variant
 
 GRID = CarbonIntensity(500.0, "test grid")
 POWER_W = 400.0
@@ -168,6 +170,21 @@ def test_other_processes_and_heat_make_a_window_invalid() -> None:
     assert "other processes used the GPU" in faults
     assert "the GPU slowed down: hardware power brake, hardware thermal slowdown" in faults
     assert slowdowns(driver, "GPU-aaaa")["normal_slowdowns"] == ["software power cap"]
+
+
+def test_what_a_driver_does_not_tell_is_not_taken_for_nothing() -> None:
+    driver = FakeDriver()
+
+    def silent(*args: object) -> int:
+        raise NVMLError("Not Supported")
+
+    driver.nvmlDeviceGetComputeRunningProcesses = driver.nvmlDeviceGetClockInfo = silent
+    with meter_of(driver).window("work") as window:
+        time.sleep(0.1)
+    assert window.state["other_processes"] is None and window.state["sm_clock_mhz"] is None
+    assert "the driver does not tell whether other processes used the GPU" in window_faults(window)
+    cell = summarize_variant([FilledWindow(window, 3)] * 2, tokens=10, idle_w=None)
+    assert "sm_clock_mhz" not in cell and cell["j_per_token_mean"] > 0
 
 
 def test_nothing_runs_on_after_an_exception() -> None:

@@ -218,6 +218,9 @@ def test_a_sound_series_is_a_headline() -> None:
     assert exact["j_per_token_mean"] == pytest.approx(1.0)
     assert exact["above_idle_j_per_token_mean"] == pytest.approx(1.0 - 50 * 6 / 1000)
     assert exact["power_w"] == pytest.approx(1000 / 6)
+    # By hand: 1 J a token, 6 s for 1,000 tokens, 662 g/kWh at a PUE of 1.5.
+    assert exact["energy_delay_js"] == pytest.approx(0.006)
+    assert exact["gco2e_per_million_tokens"] == pytest.approx(1e6 / 3.6e6 * 1.5 * 662)
     point = compare_point({"none": exact, "nuq3": method}, "none")
     assert point["headline"]["nuq3"]["value"] == pytest.approx(0.8, abs=1e-3)
     assert point["ratios"]["nuq3"]["above_idle"]["value"] == pytest.approx(500 / 700, abs=2e-3)

@@ -280,11 +280,13 @@ class SampledMeter(Meter):
 
 
 def summarize_states(states: Sequence[Any]) -> dict[str, Any]:
-    """Mean of what is a number, union of what is a list."""
+    """Mean of what is a number, union of what is a list; None of what the device never told."""
     out: dict[str, Any] = {}
     for key in dict.fromkeys(k for state in states for k in state):
         values = [state[key] for state in states if state.get(key) is not None]
-        if values and isinstance(values[0], int | float):
+        if not values:
+            out[key] = None
+        elif isinstance(values[0], int | float):
             out[key] = sum(values) / len(values)
         else:
             out[key] = sorted({entry for value in values for entry in value})

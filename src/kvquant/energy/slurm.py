@@ -30,7 +30,9 @@ def sacct_energy_j(job_id: str) -> float:
     Raises:
         MeterUnavailable: there is no sacct, or it counted nothing.
     """
-    command = ["sacct", "--jobs", job_id, "--noheader", "--parsable2", "--format", "JobID,ConsumedEnergyRaw"]
+    # The raw id: a member of an array calls itself by its own number and JobID by the array's.
+    columns = "JobIDRaw,ConsumedEnergyRaw"
+    command = ["sacct", "--jobs", job_id, "--noheader", "--parsable2", "--format", columns]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError) as error:

@@ -65,7 +65,10 @@ def window_faults(window: Window, *, min_s: float = MIN_WINDOW_S) -> list[str]:
         faults.append(f"the GPU slowed down: {', '.join(window.state['invalid_slowdowns'])}")
     if window.state.get("gpus_in_use", 1) > 1:
         faults.append("this process used several GPUs and one is metered")
-    if window.state.get("other_processes"):
+    others = window.state.get("other_processes", 0)
+    if others is None:
+        faults.append("the driver does not tell whether other processes used the GPU")
+    elif others > 0:
         faults.append("other processes used the GPU")
     return faults
 

@@ -59,7 +59,7 @@ def summarize_variant(
         ]
         out["above_idle_j_per_token"] = above
         out["above_idle_j_per_token_mean"] = statistics.mean(above)
-    clocks = [w.state["sm_clock_mhz"] for w in windows if "sm_clock_mhz" in w.state]
+    clocks = [w.state["sm_clock_mhz"] for w in windows if w.state.get("sm_clock_mhz") is not None]
     if clocks:
         out["sm_clock_mhz"] = statistics.mean(clocks)
         out["normal_slowdowns"] = sorted({r for w in windows for r in w.state.get("normal_slowdowns", [])})
