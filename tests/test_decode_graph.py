@@ -61,8 +61,10 @@ def decoded(
     steps: int = 5,
 ) -> tuple[Any, Any, Any]:
     """Tokens of eager steps, and of two repetitions of recorded ones, with what the pools count after each."""
-    model = small_model("llama-gqa-llama3").to(device)
-    with torch.inference_mode(), quantized_kv_cache(model, stored(model)) as kv:
+    model = small_model("llama-gqa-llama3")
+    quantizers = stored(model)  # calibrated where its text is
+    model = model.to(device)
+    with torch.inference_mode(), quantized_kv_cache(model, quantizers) as kv:
         cache = kv.new_cache(num_blocks=20, max_sequences=len(lengths), block_size=64, backend=backend)
         first = cache.append(prompts_of(list(lengths))).argmax(-1)
         eager, tokens = [], first
