@@ -268,6 +268,23 @@ class TestCommandLine:
             "holds no config.json" in done.stdout and "10 points x 1 GPU x 0.5 h = 5 GPU-hours" in done.stdout
         )
 
+    @pytest.mark.parametrize(
+        ("per_job", "minutes", "ok", "cost", "says"),
+        [
+            (1, None, True, 288.0, "24 points x 1 GPU x 12 h = 288 GPU-hours at most"),
+            (5, None, True, 60.0, "24 points in 5 jobs x 1 GPU x 12 h = 60 GPU-hours at most"),
+            (5, 30, True, 12.0, "24 points x 1 GPU x 0.5 h = 12 GPU-hours"),
+            (25, 30, False, 12.0, "a job of 25 takes 12.5 h, beyond its limit of 12 h"),
+        ],
+    )
+    def test_slurm_check_counts_what_a_sweep_costs(
+        self, per_job: int, minutes: float | None, ok: bool, cost: float, says: str
+    ) -> None:
+        from kvquant.tasks.slurm_check import cost_check
+
+        check, hours = cost_check(24, per_job, 1, minutes, 720)
+        assert (check.ok, hours) == (ok, cost) and says in check.found
+
     def test_a_sweep_into_a_used_folder_costs_one_line(self, tmp_path: Path) -> None:
         sweep = ("-m", "task.tokens=1", "hydra.sweep.dir=s")
         assert run(tmp_path, *sweep)[0] == 0

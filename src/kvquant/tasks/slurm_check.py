@@ -48,18 +48,14 @@ def run(cfg: Any, context: Any) -> None:
         )
     settings: dict[str, Any] = {str(key): _value(launcher, key) for key in launcher}
     checks = [*slurm_checks(settings), model_check(cfg.model.path), *write_checks(cfg)]
-    limit_hours = float(settings["timeout_min"]) / 60
-    hours = limit_hours if cfg.task.minutes_per_point is None else cfg.task.minutes_per_point / 60
-    cost = gpu_hours(cfg.task.points, gpus(settings), hours)
-    at_most = " at most (each point up to its time limit)" if cfg.task.minutes_per_point is None else ""
-    checks.append(
-        Check(
-            "cost",
-            hours <= limit_hours,
-            f"{cfg.task.points} points x {gpus(settings)} GPU x {hours:g} h = {cost:g} GPU-hours{at_most}"
-            + ("" if hours <= limit_hours else f"; beyond the limit of {limit_hours:g} h"),
-        )
+    check, cost = cost_check(
+        cfg.task.points,
+        cfg.sweep.points_per_job,
+        gpus(settings),
+        cfg.task.minutes_per_point,
+        float(settings["timeout_min"]),
     )
+    checks.append(check)
     metrics = context.record.metrics
     metrics.update({"gpu_hours": cost, "checks": {check.name: check.ok for check in checks}})
     rows = [[check.name, "ok" if check.ok else "FAILED", check.found] for check in checks]
@@ -77,9 +73,35 @@ def gpus(settings: dict[str, Any]) -> int:
     return int(settings.get("gpus_per_node") or 0) * int(settings.get("nodes") or 1)
 
 
-def gpu_hours(points: int, gpus_per_point: int, hours: float) -> float:
-    """What a sweep is charged for when every point runs so long."""
-    return points * gpus_per_point * hours
+def cost_check(
+    points: int, points_per_job: int, gpus: int, minutes_per_point: float | None, limit_min: float
+) -> tuple[Check, float]:
+    """What a sweep is charged for, in GPU-hours, and whether a job's time limit is enough for its points.
+
+    Args:
+        points: of the sweep.
+        points_per_job: ``sweep.points_per_job``.
+        gpus: of a job.
+        minutes_per_point: None: every job runs up to its limit.
+        limit_min: a job's time limit in minutes.
+    """
+    if minutes_per_point is None:
+        jobs, hours = -(-points // points_per_job), limit_min / 60
+        what = f"{points} points" if jobs == points else f"{points} points in {jobs} jobs"
+        cost = jobs * gpus * hours
+        found = (
+            f"{what} x {gpus} GPU x {hours:g} h = {cost:g} GPU-hours at most (each job up to its time limit)"
+        )
+        return Check("cost", True, found), cost
+    hours = minutes_per_point / 60
+    cost = points * gpus * hours
+    found = f"{points} points x {gpus} GPU x {hours:g} h = {cost:g} GPU-hours"
+    job_min = points_per_job * minutes_per_point
+    if job_min > limit_min:
+        found += (
+            f"; a job of {points_per_job} takes {job_min / 60:g} h, beyond its limit of {limit_min / 60:g} h"
+        )
+    return Check("cost", job_min <= limit_min, found), cost
 
 
 def slurm_checks(settings: dict[str, Any]) -> list[Check]:
