@@ -87,8 +87,24 @@ def warm_up(task: str) -> None:
             # A task that does not exist, or cannot be imported, is each point's own failure.
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
+        _first_uses()
     # Out of the collector's sight, which would touch, and so copy, all of it in each fork.
     gc.freeze()
+
+
+def _first_uses() -> None:
+    """Draw something and compile something: fonts, the grammar of labels and numba's registries are read once."""
+    with contextlib.suppress(ImportError):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        figure.subplots().loglog([1, 10], [1, 10])
+        FigureCanvasAgg(figure).draw()
+    with contextlib.suppress(ImportError):
+        import numba
+
+        numba.njit("int64(int64)")(lambda x: x)
 
 
 def in_a_fork(work: Callable[[], Any]) -> int:
@@ -98,9 +114,10 @@ def in_a_fork(work: Callable[[], Any]) -> int:
         The exit code; of a process that a signal ended, its number negated.
     """
     child = multiprocessing.get_context("fork").Process(target=_work, args=(work,))
-    with _blocked(REQUEUE_SIGNALS):
-        child.start()
     try:
+        # A signal that came meanwhile is handled where the block ends: inside of what stops the fork.
+        with _blocked(REQUEUE_SIGNALS):
+            child.start()
         child.join()
     finally:
         if child.is_alive():
