@@ -95,6 +95,20 @@ class TestForks:
         finally:
             signal.signal(signal.SIGUSR2, before)
 
+    def test_a_signal_between_the_points_end_and_our_note_of_it_is_not_in_the_way(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        waitpid = os.waitpid
+
+        def reaped(pid: int, flags: int) -> tuple[int, int]:
+            waitpid(pid, flags)
+            monkeypatch.setattr(os, "waitpid", waitpid)
+            sys.exit(7)
+
+        monkeypatch.setattr(os, "waitpid", reaped)
+        with pytest.raises(SystemExit):
+            in_a_fork(lambda: None)
+
     def test_a_killed_point_is_named_and_the_next_one_runs(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:

@@ -53,10 +53,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy that a test may edit while jobs are queued."""
+    """A copy that a test may edit while jobs are queued; with what numba compiled, which takes longer than a test."""
     folder = tmp_path / "checkout"
     for name in ("src", "conf"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name)
     return folder
 
 

@@ -122,7 +122,9 @@ def in_a_fork(work: Callable[[], Any]) -> int:
     finally:
         if child.is_alive():
             assert child.pid is not None
-            os.kill(child.pid, signal.SIGINT)
+            # Gone already where the signal came between its end and our taking note of it.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGINT)
             child.join(GRACE_S)
             if child.is_alive():
                 child.kill()
