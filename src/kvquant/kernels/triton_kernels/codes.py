@@ -18,6 +18,24 @@ from torch import Tensor
 
 
 @triton.jit
+def _boundary(zero, scale, midpoints, m: tl.constexpr):
+    return scale * tl.load(midpoints + m) + zero
+
+
+@triton.jit
+def boundaries(zero, scale, midpoints, BITS: tl.constexpr):
+    """What ``count_codes`` compares with, up to 4 bits: the rising boundaries zero + scale * midpoint, a tuple.
+
+    Launch with ``enable_fp_fusion=False``: product and sum are rounded on their own.
+    """
+    b = ()
+    if BITS <= 4:
+        for m in tl.static_range((1 << BITS) - 1):
+            b = b + (_boundary(zero, scale, midpoints, m),)
+    return b
+
+
+@triton.jit
 def _count_1(x, b0):
     return (x > b0).to(tl.int32)
 
@@ -25,58 +43,43 @@ def _count_1(x, b0):
 @triton.jit
 def _count_2(x, b0, b1, b2):
     upper = x > b1
-    return (upper.to(tl.int32) << 1) + _count_1(x, tl.where(upper, b2, b0))
+    return tl.where(upper, 2, 0) | _count_1(x, tl.where(upper, b2, b0))
 
 
 @triton.jit
 def _count_3(x, b0, b1, b2, b3, b4, b5, b6):
     upper = x > b3
     low = _count_2(x, tl.where(upper, b4, b0), tl.where(upper, b5, b1), tl.where(upper, b6, b2))
-    return (upper.to(tl.int32) << 2) + low
+    return tl.where(upper, 4, 0) | low
 
 
 @triton.jit
-def _boundary(zero, scale, midpoints, m: tl.constexpr):
-    return scale * tl.load(midpoints + m) + zero
-
-
-@triton.jit
-def count_codes(x, zero, scale, midpoints, BITS: tl.constexpr):
+def count_codes(x, b, zero, scale, midpoints, BITS: tl.constexpr):
     """How many of the boundaries zero + scale * midpoint lie strictly below each element of the fp32 tile ``x``.
 
     Boundaries rise with the midpoints, so that ``BITS`` comparisons find it, each of which halves those that are left:
-    up to 4 bits in registers, beyond by looking the next one up. Launch with ``enable_fp_fusion=False``: product and
-    sum are rounded on their own.
+    up to 4 bits in registers, from the ``boundaries`` ``b`` of the same arguments; beyond by looking the next one up.
+    Launch with ``enable_fp_fusion=False``, as for them.
     """
-    if BITS <= 4:
-        b0 = _boundary(zero, scale, midpoints, 0)
-        if BITS == 1:
-            return _count_1(x, b0)
-        else:
-            b1 = _boundary(zero, scale, midpoints, 1)
-            b2 = _boundary(zero, scale, midpoints, 2)
-            if BITS == 2:
-                return _count_2(x, b0, b1, b2)
-            else:
-                b3 = _boundary(zero, scale, midpoints, 3)
-                b4 = _boundary(zero, scale, midpoints, 4)
-                b5 = _boundary(zero, scale, midpoints, 5)
-                b6 = _boundary(zero, scale, midpoints, 6)
-                if BITS == 3:
-                    return _count_3(x, b0, b1, b2, b3, b4, b5, b6)
-                else:
-                    upper = x > _boundary(zero, scale, midpoints, 7)
-                    low = _count_3(
-                        x,
-                        tl.where(upper, _boundary(zero, scale, midpoints, 8), b0),
-                        tl.where(upper, _boundary(zero, scale, midpoints, 9), b1),
-                        tl.where(upper, _boundary(zero, scale, midpoints, 10), b2),
-                        tl.where(upper, _boundary(zero, scale, midpoints, 11), b3),
-                        tl.where(upper, _boundary(zero, scale, midpoints, 12), b4),
-                        tl.where(upper, _boundary(zero, scale, midpoints, 13), b5),
-                        tl.where(upper, _boundary(zero, scale, midpoints, 14), b6),
-                    )
-                    return (upper.to(tl.int32) << 3) + low
+    if BITS == 1:
+        return _count_1(x, b[0])
+    elif BITS == 2:
+        return _count_2(x, b[0], b[1], b[2])
+    elif BITS == 3:
+        return _count_3(x, b[0], b[1], b[2], b[3], b[4], b[5], b[6])
+    elif BITS == 4:
+        upper = x > b[7]
+        low = _count_3(
+            x,
+            tl.where(upper, b[8], b[0]),
+            tl.where(upper, b[9], b[1]),
+            tl.where(upper, b[10], b[2]),
+            tl.where(upper, b[11], b[3]),
+            tl.where(upper, b[12], b[4]),
+            tl.where(upper, b[13], b[5]),
+            tl.where(upper, b[14], b[6]),
+        )
+        return tl.where(upper, 8, 0) | low
     else:
         code = tl.zeros(x.shape, tl.int32)
         for level in tl.static_range(BITS):

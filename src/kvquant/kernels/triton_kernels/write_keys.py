@@ -24,6 +24,7 @@ from kvquant.kernels import (
 )
 from kvquant.kernels.triton_kernels.codes import (
     as_bytes,
+    boundaries,
     count_codes,
     fold,
     is_finite,
@@ -61,12 +62,142 @@ def _tile(
 
 @triton.jit
 def _rank(outside, before, ROWS: tl.constexpr, DP: tl.constexpr):
-    """Outliers of a tile in order: by eight channels their bits and the first one's entry, and how many with those before."""
+    """Outliers of a tile in order: by eight channels their bits and the first one's entry; how many with those before;
+    and the most that eight channels have."""
     packed = mask_of_eight(outside, (ROWS, DP // 8, 8))
     count = packed >> 16
     per_row = tl.sum(count, 1)
     entry = before + (tl.cumsum(per_row, 0) - per_row)[:, None] + tl.cumsum(count, 1) - count
-    return packed & 255, entry, before + tl.sum(per_row, 0)
+    return packed & 255, entry, before + tl.sum(per_row, 0), tl.max(tl.max(count, 1), 0)
+
+
+@triton.jit
+def _codes(
+    keys,
+    lower,
+    upper,
+    zero,
+    scale,
+    midpoints,
+    skip,
+    runs,
+    codes,
+    run,
+    head,
+    part,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    U: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BS: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SKIP: tl.constexpr,
+):
+    """Write the codes of a run of one head, ``COLUMNS`` channels of every subfield.
+
+    A thread has one channel of each subfield in all its rows, and computes its boundaries once.
+    """
+    block = tl.load(runs + run * 4).to(tl.int64)
+    first = tl.load(runs + run * 4 + 1).to(tl.int64)
+    count = tl.load(runs + run * 4 + 2)
+    first_slot = tl.load(runs + run * 4 + 3)
+    ROW_BYTES: tl.constexpr = BITS // (BITS & -BITS) * U
+    j = part * COLUMNS + tl.arange(0, COLUMNS)
+    inside = j < U
+    zeros, scales, lows, highs, bounds = (), (), (), (), ()
+    for u in tl.static_range(D // U):
+        channel = head * D + u * U + j
+        z = tl.load(zero + channel, mask=inside, other=0.0)[None, :]
+        s = tl.load(scale + channel, mask=inside, other=0.0)[None, :]
+        zeros, scales = zeros + (z,), scales + (s,)
+        lows = lows + (tl.load(lower + channel, mask=inside, other=0.0)[None, :],)
+        highs = highs + (tl.load(upper + channel, mask=inside, other=0.0)[None, :],)
+        bounds = bounds + (boundaries(z, s, midpoints, BITS),)
+    r = tl.arange(0, ROWS)
+    source = keys + first * (H * D) + head * D
+    source = source + r[:, None] * (H * D) + tl.max_contiguous(j, 1)[None, :]
+    to = codes + ((block * H + head) * BS + first_slot) * ROW_BYTES
+    to = to + r[:, None] * ROW_BYTES + tl.max_contiguous(j, 1)[None, :]
+    for start in range(0, count, ROWS):
+        live = start + r < count
+        there = live[:, None] & inside[None, :]
+        words = no_words(ROWS, COLUMNS, BITS)
+        for u in tl.static_range(D // U):
+            x = tl.load(source + u * U, mask=there, other=0.0).to(tl.float32)
+            code = count_codes(x, bounds[u], zeros[u], scales[u], midpoints, BITS)
+            words = fold(words, tl.where((x < lows[u]) | (x > highs[u]), 0, code), u, BITS)
+        if SKIP:
+            stored = tl.load(skip + first + start + r, mask=live, other=1) == 0
+            words = tl.where(stored[:, None], words, 0)
+        store_words(words, to, there, U, BITS)
+        source += ROWS * H * D
+        to += ROWS * ROW_BYTES
+
+
+@triton.jit
+def _base_rows(
+    keys,
+    lower,
+    upper,
+    skip,
+    runs,
+    outlier_count,
+    outlier_index,
+    outlier_value,
+    scratch,
+    error,
+    run,
+    head,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BASE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SKIP: tl.constexpr,
+):
+    """Store the outliers of a run of one head that fit its base row, and count all."""
+    block = tl.load(runs + run * 4).to(tl.int64)
+    first = tl.load(runs + run * 4 + 1)
+    count = tl.load(runs + run * 4 + 2)
+    first_slot = tl.load(runs + run * 4 + 3)
+    place = block * H + head
+    before = tl.load(outlier_count + place)
+
+    entries = before
+    d, d8 = tl.arange(0, DP), tl.arange(0, DP // 8)
+    for start in range(0, count, ROWS):
+        r = start + tl.arange(0, ROWS)
+        live = r < count
+        row, slot = first + r, first_slot + r
+        x, there, outside = _tile(keys, skip, lower, upper, row, live, head, H, D, DP, SKIP)
+        left, entry, entries, most = _rank(outside, entries, ROWS, DP)
+        # Few of eight neighbours are outliers: one from each eight at a time, and few times.
+        for _one in range(most):
+            column = d8[None, :] * 8 + lowest_bit(left)
+            chosen = (left > 0) & (entry < BASE)
+            one = tl.load(
+                keys + (row.to(tl.int64) * (H * D) + head * D)[:, None] + column, mask=chosen, other=0.0
+            )
+            to = place * BASE + entry
+            tl.store(outlier_index + to, ((slot * D)[:, None] + column).to(tl.int16), mask=chosen)
+            tl.store(outlier_value + to, one.to(tl.float32).to(outlier_value.dtype.element_ty), mask=chosen)
+            entry += 1
+            left &= left - 1
+
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        worst = tl.max(tl.max(bits, 1), 0)  # what is not there is 0
+        if (worst >= 0x7F800000) | (keys.dtype.element_ty != outlier_value.dtype.element_ty):
+            kept = x.to(outlier_value.dtype.element_ty)
+            bad = there & ((is_finite(x) == 0) | (outside & (is_finite(kept) == 0)))
+            bad_channel = tl.min(tl.min(tl.where(bad, (head * D + d)[None, :], H * D), 1), 0)
+            report(error, _KEY_NOT_FINITE, bad_channel, H * D)
+
+    # Read once more, which is cheaper than a register through the loop.
+    before = tl.load(outlier_count + place)
+    at = run * H + head
+    tl.store(scratch + at, entries - before)
+    tl.store(scratch + tl.num_programs(2) * H + at, before)
 
 
 @triton.jit
@@ -89,79 +220,26 @@ def _codes_and_base_rows(
     D: tl.constexpr,
     DP: tl.constexpr,
     U: tl.constexpr,
-    UP: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BS: tl.constexpr,
     BASE: tl.constexpr,
     BITS: tl.constexpr,
+    CODE_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     SKIP: tl.constexpr,
 ):
-    run, head = tl.program_id(0), tl.program_id(1)
-    block = tl.load(runs + run * 4).to(tl.int64)
-    first = tl.load(runs + run * 4 + 1)
-    count = tl.load(runs + run * 4 + 2)
-    first_slot = tl.load(runs + run * 4 + 3)
-    place = block * H + head
-    before = tl.load(outlier_count + place)
-    ROW_BYTES: tl.constexpr = BITS // (BITS & -BITS) * U
-
-    entries = before
-    j, d, d8 = tl.arange(0, UP), tl.arange(0, DP), tl.arange(0, DP // 8)
-    for start in range(0, count, ROWS):
-        r = start + tl.arange(0, ROWS)
-        live = r < count
-        row, slot = first + r, first_slot + r
-
-        words = no_words(ROWS, UP, BITS)
-        for u in tl.static_range(D // U):
-            channel = head * D + u * U + j
-            inside = j < U
-            there = live[:, None] & inside[None, :]
-            x = tl.load(
-                keys + (row.to(tl.int64) * (H * D))[:, None] + channel[None, :], mask=there, other=0.0
-            )
-            x = x.to(tl.float32)
-            z = tl.load(zero + channel, mask=inside, other=0.0)[None, :]
-            s = tl.load(scale + channel, mask=inside, other=0.0)[None, :]
-            low = tl.load(lower + channel, mask=inside, other=0.0)[None, :]
-            high = tl.load(upper + channel, mask=inside, other=0.0)[None, :]
-            code = count_codes(x, z, s, midpoints, BITS)
-            words = fold(words, tl.where((x < low) | (x > high), 0, code), u, BITS)
-        if SKIP:
-            words = tl.where((tl.load(skip + row, mask=live, other=1) == 0)[:, None], words, 0)
-        at = codes + ((place * BS + slot) * ROW_BYTES)[:, None] + j[None, :]
-        store_words(words, at, live[:, None] & (j < U)[None, :], U, BITS)
-
-        x, there, outside = _tile(keys, skip, lower, upper, row, live, head, H, D, DP, SKIP)
-        left, entry, entries = _rank(outside, entries, ROWS, DP)
-        # Few of eight neighbours are outliers: one from each eight at a time, and few times.
-        most = tl.max(tl.max(left, 1), 0)
-        while most > 0:
-            column = d8[None, :] * 8 + lowest_bit(left)
-            chosen = (left > 0) & (entry < BASE)
-            one = tl.load(
-                keys + (row.to(tl.int64) * (H * D) + head * D)[:, None] + column, mask=chosen, other=0.0
-            )
-            to = place * BASE + entry
-            tl.store(outlier_index + to, ((slot * D)[:, None] + column).to(tl.int16), mask=chosen)
-            tl.store(outlier_value + to, one.to(tl.float32).to(outlier_value.dtype.element_ty), mask=chosen)
-            entry += 1
-            left &= left - 1
-            most = tl.max(tl.max(left, 1), 0)
-
-        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        worst = tl.max(tl.max(tl.where(there, bits, 0), 1), 0)
-        if (worst >= 0x7F800000) | (keys.dtype.element_ty != outlier_value.dtype.element_ty):
-            kept = x.to(outlier_value.dtype.element_ty)
-            bad = there & ((is_finite(x) == 0) | (outside & (is_finite(kept) == 0)))
-            bad_channel = tl.min(tl.min(tl.where(bad, (head * D + d)[None, :], H * D), 1), 0)
-            report(error, _KEY_NOT_FINITE, bad_channel, H * D)
-
-    # Read once more, which is cheaper than a register through the loop.
-    before = tl.load(outlier_count + place)
-    at = run * H + head
-    tl.store(scratch + at, entries - before)
-    tl.store(scratch + tl.num_programs(0) * H + at, before)
+    # Outliers and codes are separate programs: either needs few registers, and reads of one serve the other's.
+    part, head, run = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if part == 0:
+        _base_rows(
+            keys, lower, upper, skip, runs, outlier_count, outlier_index, outlier_value, scratch, error, run, head,
+            H, D, DP, BASE, ROWS, SKIP,
+        )  # fmt: skip
+    else:
+        _codes(
+            keys, lower, upper, zero, scale, midpoints, skip, runs, codes, run, head, part - 1,
+            H, D, U, COLUMNS, BS, BITS, CODE_ROWS, SKIP,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -239,9 +317,8 @@ def _spill(
             r = start + tl.arange(0, ROWS)
             row = first + r
             _x, _there, outside = _tile(keys, skip, lower, upper, row, r < count, head, H, D, DP, SKIP)
-            left, entry, entries = _rank(outside, entries, ROWS, DP)
-            most = tl.max(tl.max(left, 1), 0)
-            while most > 0:
+            left, entry, entries, most = _rank(outside, entries, ROWS, DP)
+            for _one in range(most):
                 channel = d8[None, :] * 8 + lowest_bit(left)
                 beyond = (left > 0) & (entry >= BASE)
                 value = tl.load(
@@ -256,7 +333,6 @@ def _spill(
                 tl.store(spill_value + to, value.to(tl.float32).to(spill_value.dtype.element_ty), mask=beyond)
                 entry += 1
                 left &= left - 1
-                most = tl.max(tl.max(left, 1), 0)
 
         for start in range(0, new, _LINKS):
             k = start + tl.arange(0, _LINKS)
@@ -312,7 +388,8 @@ def write_keys(
         "ROWS": rows,
     }
     limits = (constants.key_lower, constants.key_upper)
-    _codes_and_base_rows[(R, H)](
+    columns = min(32, triton.next_power_of_2(U))
+    _codes_and_base_rows[(1 + triton.cdiv(U, columns), H, R)](
         keys,
         *limits,
         constants.key_zero,
@@ -327,7 +404,8 @@ def write_keys(
         scratch,
         error,
         U=U,
-        UP=triton.next_power_of_2(U),
+        COLUMNS=columns,
+        CODE_ROWS=min(rows, 512 // columns),
         BS=store.codes.shape[2],
         BITS=bits,
         **tile,

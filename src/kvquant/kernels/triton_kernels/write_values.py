@@ -21,6 +21,7 @@ from torch import Tensor
 from kvquant.kernels import ERROR_VALUE_NOT_FINITE, LayerConstants, ValueStore
 from kvquant.kernels.triton_kernels.codes import (
     as_bytes,
+    boundaries,
     count_codes,
     fold,
     is_finite,
@@ -182,8 +183,7 @@ def _ranges_and_outliers(
         count = packed >> 16
         left, k = packed & 255, tl.cumsum(count, 0) - count
         c8 = tl.arange(0, P // 8) * 8
-        most = tl.max(left, 0)
-        while most > 0:
+        for _one in range(tl.max(count, 0)):
             channel = c8 + lowest_bit(left)
             # NaN has no place in the order; it must not leave the row
             chosen = (left > 0) & (k < 2 * N)
@@ -194,7 +194,6 @@ def _ranges_and_outliers(
             tl.store(outlier_value + to, kept, mask=chosen)
             k += 1
             left &= left - 1
-            most = tl.max(left, 0)
         # What the second launch needs to know an outlier by; channels are exact in fp32.
         mine = ends + (token * VG + group) * 4
         tl.store(mine, low)
@@ -278,7 +277,7 @@ def _value_codes(
         at = ((block * BS + slot) * VG)[:, None] + group
         z = tl.load(zero + at, mask=known, other=0.0).to(tl.float32)
         s = tl.load(scale + at, mask=known, other=0.0).to(tl.float32)
-        code = count_codes(x, z, s, midpoints, BITS)
+        code = count_codes(x, boundaries(z, s, midpoints, BITS), z, s, midpoints, BITS)
         if N > 0:
             end = ends + ((row * VG)[:, None] + group) * 4
             low = tl.load(end, mask=known, other=0.0)
