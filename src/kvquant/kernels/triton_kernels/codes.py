@@ -8,6 +8,8 @@ holds one byte of each run.
 
 # Kernels take tensors of pointers and constants, which have no types.
 # mypy: disable-error-code="no-untyped-def"
+# Nor can tuples in them be unpacked into others.
+# ruff: noqa: RUF005
 
 from __future__ import annotations
 
@@ -144,6 +146,58 @@ def store_words(words, at, mask, U: tl.constexpr, BITS: tl.constexpr):
     """Store a tile of words as the bytes of packed rows; ``at`` points to each word's byte of the first run."""
     for k in tl.static_range(BITS // (BITS & -BITS)):
         tl.store(at + k * U, ((words >> (8 * k)) & 255).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _store_plane(
+    words, to, rows, inside, U: tl.constexpr, S: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    if BITS & WIDTH:
+        NARROWEST: tl.constexpr = BITS & -BITS
+        BELOW: tl.constexpr = BITS // (2 * WIDTH) * (2 * WIDTH)
+        RUNS: tl.constexpr = WIDTH // NARROWEST
+        u = tl.arange(0, S)[None, :, None]
+        field = words >> BELOW
+        if WIDTH < 8:
+            field = field & (((1 << WIDTH) - 1) * 0x01010101)
+        field = field << (u // RUNS * WIDTH)
+        for r in tl.static_range(RUNS):
+            run = tl.sum(tl.where(u % RUNS == r, field, 0), 1)
+            at = to + rows + (BELOW // NARROWEST + r) * U
+            if V == 4:
+                tl.store(at.to(tl.pointer_type(tl.int32)), run, mask=inside)
+            else:
+                tl.store(at, run.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def store_rows(
+    code,
+    to,
+    stride,
+    HEADS: tl.constexpr,
+    HEADS_P: tl.constexpr,
+    U: tl.constexpr,
+    UP: tl.constexpr,
+    S: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Pack the codes of one token, [HEADS_P * S * UP] in the order of channels, into its row of each head.
+
+    ``to`` points to the first head's row and ``stride`` bytes on begins the next. Four neighbours share a word, so that
+    what crosses lanes, the subfields of a byte, and what is stored are words too.
+    """
+    V: tl.constexpr = 4 if U % 4 == 0 else 1
+    if V == 4:
+        four = tl.reshape(code, (HEADS_P * S * UP // 4, 4))
+        code = tl.sum(four << (8 * tl.arange(0, 4))[None, :], 1)
+    words = tl.reshape(code, (HEADS_P, S, UP // V))
+    head, j = tl.arange(0, HEADS_P)[:, None], V * tl.arange(0, UP // V)[None, :]
+    rows, inside = head * stride + j, (head < HEADS) & (j < U)
+    _store_plane(words, to, rows, inside, U, S, V, BITS, 8)
+    _store_plane(words, to, rows, inside, U, S, V, BITS, 4)
+    _store_plane(words, to, rows, inside, U, S, V, BITS, 2)
+    _store_plane(words, to, rows, inside, U, S, V, BITS, 1)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ hands out the same chunks. The third writes what lies beyond the base rows, and 
 
 # Kernels take tensors of pointers and constants, which have no types.
 # mypy: disable-error-code="no-untyped-def"
+# Nor can tuples in them be unpacked into others.
+# ruff: noqa: RUF005
 
 from __future__ import annotations
 
@@ -40,6 +42,7 @@ from kvquant.kernels.triton_kernels.codes import (
 _KEY_NOT_FINITE = tl.constexpr(ERROR_KEY_NOT_FINITE)
 _OUT_OF_SPILL = tl.constexpr(ERROR_OUT_OF_SPILL)
 _CHUNK = tl.constexpr(SPILL_ENTRIES)
+_HELD = tl.constexpr(32)  # boundaries that a thread keeps from tile to tile
 _LINKS = tl.constexpr(64)  # links that the third launch sets at a time
 
 
@@ -96,13 +99,15 @@ def _codes(
 ):
     """Write the codes of a run of one head, ``COLUMNS`` channels of every subfield.
 
-    A thread has one channel of each subfield in all its rows, and computes its boundaries once.
+    A thread has one channel of each subfield in all its rows, and computes its boundaries once, or, where they would
+    take too many registers, once a tile.
     """
     block = tl.load(runs + run * 4).to(tl.int64)
     first = tl.load(runs + run * 4 + 1).to(tl.int64)
     count = tl.load(runs + run * 4 + 2)
     first_slot = tl.load(runs + run * 4 + 3)
     ROW_BYTES: tl.constexpr = BITS // (BITS & -BITS) * U
+    HOISTED: tl.constexpr = D // U * ((1 << BITS) - 1) <= _HELD
     j = part * COLUMNS + tl.arange(0, COLUMNS)
     inside = j < U
     zeros, scales, lows, highs, bounds = (), (), (), (), ()
@@ -113,7 +118,8 @@ def _codes(
         zeros, scales = zeros + (z,), scales + (s,)
         lows = lows + (tl.load(lower + channel, mask=inside, other=0.0)[None, :],)
         highs = highs + (tl.load(upper + channel, mask=inside, other=0.0)[None, :],)
-        bounds = bounds + (boundaries(z, s, midpoints, BITS),)
+        if HOISTED:
+            bounds = bounds + (boundaries(z, s, midpoints, BITS),)
     r = tl.arange(0, ROWS)
     source = keys + first * (H * D) + head * D
     source = source + r[:, None] * (H * D) + tl.max_contiguous(j, 1)[None, :]
@@ -125,7 +131,8 @@ def _codes(
         words = no_words(ROWS, COLUMNS, BITS)
         for u in tl.static_range(D // U):
             x = tl.load(source + u * U, mask=there, other=0.0).to(tl.float32)
-            code = count_codes(x, bounds[u], zeros[u], scales[u], midpoints, BITS)
+            b = bounds[u] if HOISTED else boundaries(zeros[u], scales[u], midpoints, BITS)
+            code = count_codes(x, b, zeros[u], scales[u], midpoints, BITS)
             words = fold(words, tl.where((x < lows[u]) | (x > highs[u]), 0, code), u, BITS)
         if SKIP:
             stored = tl.load(skip + first + start + r, mask=live, other=1) == 0

@@ -1,11 +1,12 @@
-"""Quantizing, packing and storing values on the GPU in two launches, none of which the host waits for.
+"""Quantizing, packing and storing values on the GPU in one launch, which the host does not wait for.
 
-The first, a program per token and value group, finds the n smallest and n largest channels and the range of the rest.
-The n-th largest of the maxima of small groups of channels is at most the n-th largest channel, and nearly it: bisection
-over the maxima finds it. Mostly exactly 2n channels then lie at or beyond the two bounds; if not, a few steps from each
-value to the next and a search among ties do the rest. One warp has a token of up to 1024 channels: what crosses its
-lanes takes one instruction. The second, a program per tokens and head, writes the codes; what is an outlier it knows
-from the two ends and where ties at them stop.
+A program per token and value group finds the n smallest and n largest channels and the range of the rest. The n-th
+largest of the maxima of small groups of channels is at most the n-th largest channel, and nearly it: bisection over the
+maxima finds it. Mostly exactly 2n channels then lie at or beyond the two bounds; if not, a few steps from each value to
+the next and a search among ties do the rest. Then the program, which still holds the token, encodes it.
+
+Where a value group is not made of whole heads, its codes share bytes with other groups', and a second launch, a program
+per tokens and head, writes them; what is an outlier it knows from the two ends and where ties at them stop.
 """
 
 # Kernels take tensors of pointers and constants, which have no types.
@@ -29,6 +30,7 @@ from kvquant.kernels.triton_kernels.codes import (
     mask_of_eight,
     no_words,
     report,
+    store_rows,
     store_words,
     subfield_width,
     tile_rows,
@@ -72,13 +74,12 @@ def _reached(high, high_bound, low, low_bound, WIDE: tl.constexpr):
 
 @triton.jit
 def _nth_largest_bounds(
-    x, there, N: tl.constexpr, CHANNELS: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, UNUSED: tl.constexpr
+    x, there, inside, N: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, UNUSED: tl.constexpr
 ):  # fmt: skip
     """The N-th largest of the group maxima of ``x`` [P], and the N-th smallest of the minima, by bisecting both at once."""
     GROUPS: tl.constexpr = P // GROUP
     high = tl.max(tl.reshape(tl.where(there, x, -float("inf")), (GROUPS, GROUP)), 1)
     low = tl.min(tl.reshape(tl.where(there, x, float("inf")), (GROUPS, GROUP)), 1)
-    inside = tl.arange(0, GROUPS) * GROUP < CHANNELS
     high, low = _ordered(high, UNUSED), -_ordered(low, UNUSED)
     high_from, high_to = tl.min(tl.where(inside, high, _MOST), 0), tl.max(tl.where(inside, high, _LEAST), 0)
     low_from, low_to = tl.min(tl.where(inside, low, _MOST), 0), tl.max(tl.where(inside, low, _LEAST), 0)
@@ -134,6 +135,26 @@ def _tie_bounds(c, at_high, wanted_high, at_low, wanted_low, P: tl.constexpr):
 
 
 @triton.jit
+def _range(x, rest):
+    """The least and the most of ``x`` where ``rest``. Like the twin's, a zero that bounds the range is never negative."""
+    lowest = tl.min(tl.where(rest, x, float("inf")), 0) + 0.0
+    return lowest, tl.max(tl.where(rest, x, float("-inf")), 0) + 0.0
+
+
+@triton.jit
+def _channel(i, HEADS: tl.constexpr, D: tl.constexpr, U: tl.constexpr, UP: tl.constexpr):
+    """Channel of element ``i`` of a token whose heads, and subfields in them, are padded; and whether it is one.
+
+    Where the first of a few neighbours is none, all are none.
+    """
+    if UP == U and (HEADS & (HEADS - 1)) == 0:
+        return i, tl.full(i.shape, True, tl.int1)
+    else:
+        head, u, j = i // (D // U * UP), i // UP % (D // U), i % UP
+        return head * D + u * U + j, (head < HEADS) & (j < U)
+
+
+@triton.jit
 def _ranges_and_outliers(
     values,
     skip,
@@ -145,26 +166,37 @@ def _ranges_and_outliers(
     outlier_value,
     ends,
     error,
-    CHANNELS: tl.constexpr,
+    midpoints,
+    codes,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    U: tl.constexpr,
+    UP: tl.constexpr,
     P: tl.constexpr,
     BS: tl.constexpr,
     VG: tl.constexpr,
     N: tl.constexpr,
     GROUP: tl.constexpr,
     UNUSED: tl.constexpr,
+    BITS: tl.constexpr,
     SKIP: tl.constexpr,
+    ENCODE: tl.constexpr,
 ):
+    CHANNELS: tl.constexpr = HEADS * D
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    c = tl.arange(0, P)
-    there = c < CHANNELS
+    c, there = _channel(tl.arange(0, P), HEADS, D, U, UP)
     x = tl.load(values + (token * VG + group) * CHANNELS + c, mask=there, other=0.0).to(tl.float32)
-    at = tl.load(slot_block + token) * BS + tl.load(slot_offset + token)
+    block, slot = tl.load(slot_block + token), tl.load(slot_offset + token)
+    at = block * BS + slot
     stored = True
     if SKIP:
         stored = tl.load(skip + token) == 0
-    rest = there
-    if N > 0:
-        high, low = _nth_largest_bounds(x, there, N, CHANNELS, P, GROUP, UNUSED)
+    if N == 0:
+        lowest, highest = _range(x, there)
+    else:
+        _first, inside = _channel(tl.arange(0, P // GROUP) * GROUP, HEADS, D, U, UP)
+        high, low = _nth_largest_bounds(x, there, inside, N, P, GROUP, UNUSED)
         # Mostly the bounds are the ends themselves, and nothing else equals them. Else the ends are found from there, and
         # ties go to the highest channels at the high end, to the lowest at the low end.
         outlier = there & ((x >= high) | (x <= low))
@@ -172,19 +204,23 @@ def _ranges_and_outliers(
         found = tl.sum(packed >> 16, 0)
         high_from = found - found
         low_until = high_from + P
-        if found != 2 * N:
+        # What leaves the branches are few numbers and no masks, which would take a register an element.
+        if found == 2 * N:
+            lowest, highest = _range(x, there & (outlier == 0))
+        else:
             high, above, low, below = _ends(x, there, high, low, N)
             at_high, at_low = there & (x == high), there & (x == low)
             high_from, low_until = _tie_bounds(c, at_high, N - above, at_low, N - below, P)
             outlier = there & ((x > high) | (x < low))
             outlier = outlier | (at_high & (c >= high_from)) | (at_low & (c <= low_until))
             packed = mask_of_eight(outlier, (P // 8, 8))
-        rest = there & (outlier == 0)
+            lowest, highest = _range(x, there & (outlier == 0))
+        outlier = tl.reshape((packed[:, None] & (1 << tl.arange(0, 8))[None, :]) != 0, (P,))
         count = packed >> 16
         left, k = packed & 255, tl.cumsum(count, 0) - count
         c8 = tl.arange(0, P // 8) * 8
         for _one in range(tl.max(count, 0)):
-            channel = c8 + lowest_bit(left)
+            channel, _there = _channel(c8 + lowest_bit(left), HEADS, D, U, UP)
             # NaN has no place in the order; it must not leave the row
             chosen = (left > 0) & (k < 2 * N)
             one = tl.load(values + (token * VG + group) * CHANNELS + channel, mask=chosen, other=0.0)
@@ -194,19 +230,27 @@ def _ranges_and_outliers(
             tl.store(outlier_value + to, kept, mask=chosen)
             k += 1
             left &= left - 1
-        # What the second launch needs to know an outlier by; channels are exact in fp32.
-        mine = ends + (token * VG + group) * 4
-        tl.store(mine, low)
-        tl.store(mine + 1, high)
-        tl.store(mine + 2, low_until.to(tl.float32))
-        tl.store(mine + 3, high_from.to(tl.float32))
-    # Like the twin's, a zero that bounds the range is never negative.
-    lowest = tl.min(tl.where(rest, x, float("inf")), 0) + 0.0
-    highest = tl.max(tl.where(rest, x, float("-inf")), 0) + 0.0
+        if not ENCODE:
+            # What the second launch needs to know an outlier by; channels are exact in fp32.
+            mine = ends + (token * VG + group) * 4
+            tl.store(mine, low)
+            tl.store(mine + 1, high)
+            tl.store(mine + 2, low_until.to(tl.float32))
+            tl.store(mine + 3, high_from.to(tl.float32))
     centre = ((highest + lowest) * 0.5).to(zero.dtype.element_ty)
     half = ((highest - lowest) * 0.5).to(zero.dtype.element_ty)
     tl.store(zero + at * VG + group, centre)
     tl.store(scale + at * VG + group, half)
+    if ENCODE:
+        z, s = centre.to(tl.float32), half.to(tl.float32)
+        code = count_codes(x, boundaries(z, s, midpoints, BITS), z, s, midpoints, BITS)
+        if N > 0:
+            code = tl.where(outlier, 0, code)
+        if SKIP:
+            code = tl.where(stored, code, 0)
+        STRIDE: tl.constexpr = BS * (BITS // (BITS & -BITS) * U)
+        row = codes + (block * H + group * HEADS) * STRIDE + slot * (STRIDE // BS)
+        store_rows(code, row, STRIDE, HEADS, P // (D // U * UP), U, UP, D // U, BITS)
     # Numbers that are not finite are rare: their channels are looked for only where there is one, or where outliers are
     # stored in a narrower type that they may overflow.
     worst = tl.max(tl.where(there, x.to(tl.int32, bitcast=True) & _MOST, 0), 0)
@@ -328,9 +372,16 @@ def write_values(
     VG, BS = store.zero.shape[-1], store.zero.shape[-2]
     channels = H * D // VG
     per_end = store.outlier_index.shape[-1] // VG // 2
-    U, padded = subfield_width(D, bits), triton.next_power_of_2(channels)
+    U = subfield_width(D, bits)
+    UP = triton.next_power_of_2(U)
+    # Groups of whole heads are encoded at once. Others share bytes, and are encoded when all their ranges are known.
+    whole = channels % D == 0
+    layout = {"HEADS": channels // D, "D": D, "U": U, "UP": UP} if whole else _as_one_head(channels)
+    padded = triton.next_power_of_2(layout["HEADS"]) * (layout["D"] // layout["U"]) * layout["UP"]
     values, skip_bytes = values.contiguous(), as_bytes(skip, slot_block)
-    ends = torch.empty((T, VG, 4) if per_end else (0,), dtype=torch.float32, device=values.device)
+    ends = torch.empty(
+        (T, VG, 4) if per_end and not whole else (0,), dtype=torch.float32, device=values.device
+    )
     slots = (slot_block, slot_offset)
     _ranges_and_outliers[(T, VG)](
         values,
@@ -342,17 +393,24 @@ def write_values(
         store.outlier_value,
         ends,
         error,
-        CHANNELS=channels,
+        constants.value_midpoints,
+        store.codes,
+        H=H,
+        **layout,
         P=padded,
         BS=BS,
         VG=VG,
         N=per_end,
         GROUP=_group_size(channels, per_end),
         UNUSED=_UNUSED_BITS[values.dtype],
+        BITS=bits,
         SKIP=skip is not None,
+        ENCODE=whole,
         num_warps=_warps(padded),
         enable_fp_fusion=False,
     )
+    if whole:
+        return
     rows = tile_rows(T)
     _value_codes[(triton.cdiv(T, rows), H)](
         values,
@@ -367,7 +425,7 @@ def write_values(
         H=H,
         D=D,
         U=U,
-        UP=triton.next_power_of_2(U),
+        UP=UP,
         BS=BS,
         VG=VG,
         N=per_end,
@@ -379,9 +437,14 @@ def write_values(
     )
 
 
+def _as_one_head(channels: int) -> dict[str, int]:
+    """The channels of a group that is not whole heads, as one head of one subfield."""
+    return {"HEADS": 1, "D": channels, "U": channels, "UP": triton.next_power_of_2(channels)}
+
+
 def _warps(channels: int) -> int:
-    """Warps for a token's channels: one as far as registers go, since what crosses lanes is cheap and what crosses warps not."""
-    return max(1, min(16, channels // 1024))
+    """Warps for a token's channels: 16 channels a thread, which takes 90 to 103 registers. With 32 it took 168 and spilled."""
+    return max(1, min(16, channels // 512))
 
 
 def _group_size(channels: int, per_end: int) -> int:
