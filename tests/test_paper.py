@@ -254,6 +254,21 @@ def test_an_estimate_or_a_flagged_ratio_never_becomes_a_headline(tmp_path: Path)
     assert texts["EnergyPrefillNuqThreeRatio"] is None and texts["EnergyPrefillBatch"] == "8"
 
 
+def test_the_text_says_how_the_steps_of_decoding_were_launched(tmp_path: Path) -> None:
+    point = {"phase": "decode", "batch": 8, "prompt_tokens": 64, "ratios": {}, "captured": True}
+    point["variants"] = {
+        "none": {**dict.fromkeys(("j_per_token_mean", "above_idle_j_per_token_mean"), 1.0), "faults": []}
+        | {"power_w": 1.0, "cv_percent": 0.5}
+    }
+    metrics = {"meter": {"kind": "measured"}, "points": [point]}
+    for task, said in (({"cuda_graph": True}, "replayed as a CUDA graph"), ({}, "launched one by one")):
+        run = run_of(tmp_path, "energy", metrics, {"task": task})
+        texts = {entry.macro.name: entry.text for entry in fill(choose([run]))}
+        assert texts["EnergyDecodeSteps"].startswith(said)
+    write_paper([run], tmp_path / "generated")
+    assert "decode, graph 8" in (tmp_path / "generated" / "table-energydecode.tex").read_text()
+
+
 def test_the_kept_results_fill_the_paper_and_every_pointer_leads_to_its_number(tmp_path: Path) -> None:
     found = collect([str(PAPER / "data" / "*.json")])
     manifest = write_paper(found.ok, tmp_path / "generated")

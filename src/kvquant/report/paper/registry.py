@@ -246,10 +246,17 @@ def _energy() -> Iterator[Macro]:
         yield Macro(f"{prefix}AgreementSeconds", source, (*agreement, "window_s"), ".0f")
         yield Macro(f"{prefix}Disagreement", source, (*agreement, "disagreement_percent"), ".2f")
 
+    how = "whether steps were captured"
+    yield Macro("EnergyDecodeSteps", "energydecode", ("config", "task"), "d", 1.0, False, _launched, how)
     alone = Where((("phase", "decode"), ("batch", 1)))
     for bits in (2, 3, 4):
         ratio = ("metrics", "points", alone, "headline", f"nuq{bits}")
         yield Macro(f"EnergyDecodeAloneNuq{WORDS[bits]}Ratio", "energydecode", ratio, ".3f", 1.0, True)
+
+
+def _launched(task: dict[str, Any]) -> str:
+    # Runs from before the setting launched them.
+    return "replayed as a CUDA graph" if task.get("cuda_graph") else "launched one by one from Python"
 
 
 def _history() -> Iterator[Macro]:

@@ -86,7 +86,8 @@ def _energy(run: Run) -> str:
             ratio = point["ratios"].get(label, {})
             rows.append(
                 [
-                    f"{point['phase']} {point['batch']} $\\times$ {point['prompt_tokens']}",
+                    f"{point['phase']}{', graph' if point.get('captured') else ''} "
+                    f"{point['batch']} $\\times$ {point['prompt_tokens']}",
                     latex_escape(label),
                     _dash(tex.number(entry["j_per_token_mean"], ".2f", 1e3)),
                     _dash(tex.number(entry["above_idle_j_per_token_mean"], ".2f", 1e3)),
