@@ -1,4 +1,4 @@
-"""The CPU default: every operation vectorised over sequences, heads and tokens in plain PyTorch."""
+"""The CPU default: every operation vectorised over sequences, heads and tokens in PyTorch, or compiled by numba."""
 
 from __future__ import annotations
 
