@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -14,12 +15,13 @@ from rich.console import Console
 from kvquant.cli import conf_dir
 from kvquant.config import register_schemas, validate
 from kvquant.data.longbench import SUITES, classification, code_similarity, qa_f1, retrieval, rouge_l
-from kvquant.data.rows import read_rows
-from kvquant.data.ruler import CATEGORIES, FIELDS, generate, score
+from kvquant.data.rows import Row, read_rows
+from kvquant.data.ruler import CATEGORIES, FIELDS, category_of, generate, questions_of_rows
 from kvquant.errors import ConfigError, DataError
 from kvquant.results import load_result
 from kvquant.tasks import run_task
-from kvquant.tasks.compare_table import Row, at_equal_bits
+from kvquant.tasks.compare_table import Row as TableRow
+from kvquant.tasks.compare_table import at_equal_bits
 from kvquant.tasks.variants import expand
 
 
@@ -150,9 +152,9 @@ def test_lists_multiply_out_and_repetitions_go() -> None:
 
 
 def test_the_baseline_is_interpolated_in_its_logarithm() -> None:
-    def row(label: str, bits: float, kl: list[float]) -> Row:
+    def row(label: str, bits: float, kl: list[float]) -> TableRow:
         windows = [{"kl_sum": x, "held_bytes": bits, "elements": 8} for x in kl]
-        return Row(label, expand([{"option": "nuq"}])[0].spec, [windows], [[]])
+        return TableRow(label, expand([{"option": "nuq"}])[0].spec, [windows], [[]])
 
     low, high = row("a", 2, [8, 8]), row("b", 4, [2, 2])
     sums = [low.sums("kl_sum"), high.sums("kl_sum")]
@@ -200,11 +202,62 @@ def test_generated_questions_fit_their_length_and_hold_their_answers(category: s
     assert questions == generate(category, count, TEXT, 1024, 3, seed=0)
     assert questions != generate(category, count, TEXT, 1024, 3, seed=1)
     for question in questions:
-        assert 0.8 * 768 <= count(question.prompt) + question.answer_tokens <= 1024 or category == "cwe"
+        assert 0.9 * 1024 <= count(question.prompt) + question.answer_tokens <= 1024
         assert all(output in question.prompt for output in question.outputs)
-        assert score(f"x {' '.join(question.outputs).upper()}", question.outputs) == 1
+        assert question.score(f"x {' '.join(question.outputs).upper()}") == 1
+        assert question.score(question.outputs[0]) == 1 / len(question.outputs)
     with pytest.raises(DataError, match="task.length must hold"):
         generate(category, count, TEXT, 64, 1, seed=0)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_questions_are_as_long_as_asked_for_where_the_text_is_short(category: str) -> None:
+    """131,072 tokens out of a text of some 12,000: sentences and words repeat."""
+    counts = []
+
+    def count(text: str) -> int:
+        counts.append(len(text) // 4)
+        return counts[-1]
+
+    (question,) = generate(category, count, TEXT[:50_000], 131_072, 1, seed=0)
+    assert 0.98 * 131_072 <= len(question.prompt) // 4 + question.answer_tokens <= 131_072
+    assert len(counts) < 25, "each reads the whole prompt"
+    if category == "cwe":
+        listed = [w for w in question.prompt.split() if w.isalpha()]
+        common = {listed.count(w) for w in question.outputs}
+        others = max(listed.count(w) for w in set(WORDS.split()) - set(question.outputs))
+        assert min(common) > 5 * others
+
+
+def test_no_question_has_two_needles_of_one_key() -> None:
+    few = " ".join(f"The {word} was here and went away again." for word in sorted(set(WORDS.split()))[:110])
+    for question in generate("niah_multikey", lambda t: len(t) // 4, few, 1024, 60, seed=3):
+        keys = re.findall(r"numbers for (\S+) is:", question.prompt)
+        assert len(keys) == 4 == len(set(keys))
+        words = [word for key in keys for word in key.split("-")]
+        assert len(set(words)) == 8
+
+
+@pytest.mark.parametrize(
+    ("path", "category", "tokens", "score"),
+    [
+        ("niah_multikey_3/validation.jsonl", "niah_multikey_3", 128, 0.5),
+        ("vt/validation.jsonl", "vt", 30, 0.5),
+        ("4096/cwe/test.jsonl", "cwe", 120, 0.5),
+        ("qa_1/validation.jsonl", "qa_1", 32, 1.0),
+        ("ruler-niah_single_2-20.jsonl", "niah_single_2", 128, 0.5),
+        ("ours.jsonl", "ours", 128, 0.5),
+    ],
+)
+def test_files_of_ruler_are_scored_as_their_task_is(
+    path: str, category: str, tokens: int, score: float
+) -> None:
+    """Answers of qa are alternatives; all others must be found, each for its share (RULER's string_match_part, _all)."""
+    rows = [Row(1, {"input": "Question?", "outputs": ["Ann", "Bob"], "answer_prefix": " Answer:"})]
+    assert category_of(Path(path)) == category
+    (question,) = questions_of_rows(rows, path)
+    assert (question.category, question.prompt) == (category, "Question? Answer:")
+    assert question.answer_tokens == tokens and question.score("it is BOB.") == score
 
 
 def test_word_lists_hold_the_counts_they_ask_for() -> None:
@@ -220,7 +273,20 @@ def test_word_lists_hold_the_counts_they_ask_for() -> None:
 def test_longbench_metrics_are_the_published_ones() -> None:
     assert qa_f1("The Eiffel tower!", "eiffel tower") == 1
     assert qa_f1("a b c", "c d") == pytest.approx(0.5), "articles go: b c against c d"
-    assert rouge_l("the cat sat", "the dog sat") == pytest.approx(2 / 3)
+    # What LongBench's own metrics.py gives (package rouge 1.0.1, which adds 1e-8 below the line).
+    for prediction, answer, expected in (
+        ("the cat sat", "the dog sat", 2 / 3),
+        (
+            "The report says costs rose. Costs rose by a tenth.",
+            "Costs rose by a tenth. The board met.",
+            12 / 17,
+        ),
+        ("a b c d. e f", "e f. a c d", 10 / 11),
+        ("a a a b", "a b b", 1),
+        ("b a", "a b", 1 / 2),
+        ("", "a", 0),
+    ):
+        assert rouge_l(prediction, answer) == pytest.approx(expected), "distinct words, sentence by sentence"
     assert classification("It is a Number.", "Number", ["Number", "Person"]) == 1
     assert classification("Number or Person", "Number", ["Number", "Person"]) == 0.5
     assert retrieval("Paragraph 3 or 4", "Paragraph 3") == 0.5

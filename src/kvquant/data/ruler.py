@@ -10,6 +10,7 @@ import dataclasses
 import re
 import string
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -22,12 +23,22 @@ FIELDS: dict[str, Kinds] = {"input": (str,), "outputs": (list,)}
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt, what its answer must contain, and how many tokens the answer may take."""
+    """A prompt, what its answer must contain, and how many tokens the answer may take.
+
+    ``alternatives``: one of the outputs is enough (RULER's qa), instead of a share of the score for each.
+    """
 
     category: str
     prompt: str
     outputs: tuple[str, ...]
     answer_tokens: int
+    alternatives: bool = False
+
+    def score(self, prediction: str) -> float:
+        """RULER's string match: the share of outputs that the prediction contains, whatever their case, in [0, 1]."""
+        lower = prediction.lower()
+        found = [output.lower() in lower for output in self.outputs]
+        return float(any(found)) if self.alternatives else sum(found) / len(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +82,7 @@ _FREQUENT_AFTER = (
     "appeared words in the above coded text? Answer: According to the coded text above, the three most frequently "
     "appeared words are:"
 )
-# Tokens that RULER allows an answer of each kind.
+# Tokens that RULER allows an answer of each kind; qa's files are read, not generated.
 ANSWER_TOKENS = {
     "niah_single": 128,
     "niah_multikey": 128,
@@ -80,14 +91,10 @@ ANSWER_TOKENS = {
     "vt": 30,
     "cwe": 120,
     "fwe": 50,
+    "qa": 32,
 }
-CATEGORIES = tuple(ANSWER_TOKENS)
-
-
-def score(prediction: str, outputs: Sequence[str]) -> float:
-    """RULER's string match: the share of outputs that the prediction contains, whatever their case, in [0, 1]."""
-    found = prediction.lower()
-    return sum(output.lower() in found for output in outputs) / len(outputs)
+CATEGORIES = tuple(name for name in ANSWER_TOKENS if name != "qa")
+_NAMED = re.compile(rf"(?<![a-z])({'|'.join(ANSWER_TOKENS)})(_\d)?(?![a-z])")
 
 
 def generate(
@@ -104,7 +111,7 @@ def generate(
         seed: the same one gives the same questions.
 
     Raises:
-        DataError: the length cannot hold the question, or the text is too short.
+        DataError: the length cannot hold the question, or the text has too few words or sentences.
     """
     rng = np.random.default_rng([seed, length, CATEGORIES.index(category)])
     words = _words(text)
@@ -132,7 +139,8 @@ def _words(text: str) -> list[str]:
 
 
 def _needles(category: str, rng: np.random.Generator, words: list[str]) -> _Draft:
-    keys = ["-".join(pair) for pair in rng.choice(words, (6, 2))]
+    # No word twice: two needles of one key would have two right answers.
+    keys = ["-".join(pair) for pair in rng.choice(words, (6, 2), replace=False)]
     numbers = [str(n) for n in rng.choice(9_000_000, 8, replace=False) + 1_000_000]
     if category == "niah_single":
         facts, asked, outputs = [(keys[0], numbers[0])], [keys[0]], numbers[:1]
@@ -171,24 +179,23 @@ def _hide(
     room: int,
     category: str,
 ) -> str:
-    """Put the facts, in order, between as many sentences of the haystack as fit."""
-    start = int(rng.integers(0, max(1, len(sentences))))
+    """Put the facts, in order, between as many sentences of the haystack as fit; a short text repeats, as RULER's does."""
+    if not sentences:
+        raise DataError(
+            "the text must hold a sentence of 20 to 300 characters, got none; choose another data.path"
+        )
+    start = int(rng.integers(0, len(sentences)))
     turned = sentences[start:] + sentences[:start]
     depths = np.sort(rng.random(len(draft.facts)))
 
     def prompt(n: int) -> str:
-        parts = list(turned[:n])
+        parts = [turned[i % len(turned)] for i in range(n)]
         for depth, fact in reversed(list(zip(depths, draft.facts, strict=True))):
             parts.insert(round(float(depth) * n), fact)
         return draft.before + " ".join(parts) + draft.after
 
     _check_room(count_tokens(prompt(0)), room, category)
-    if count_tokens(prompt(len(turned))) < room:
-        raise DataError(
-            f"the text must fill {room} tokens for task.length, got {count_tokens(prompt(len(turned)))}; choose a longer "
-            "data.path or a smaller task.length"
-        )
-    return prompt(_largest(lambda n: count_tokens(prompt(n)) <= room, len(turned)))
+    return prompt(_largest(lambda n: count_tokens(prompt(n)), room))
 
 
 def _word_list(
@@ -202,13 +209,15 @@ def _word_list(
         noise = int(rng.integers(2**31))
 
         def prompt(n: int) -> str:
-            items = common * often + others[:n] * rare
+            # Where the words run out, all of them come more often, in the same proportion.
+            rounds, rest = divmod(n, len(others))
+            items = common * (often * max(1, -(-n // len(others)))) + (others * rounds + others[:rest]) * rare
             order = np.random.default_rng([noise, n]).permutation(len(items))
             lines = " ".join(f"{i}. {items[j]}" for i, j in enumerate(order, 1))
             return _COMMON_BEFORE + lines + _COMMON_AFTER.format(n=common_count)
 
         _check_room(count_tokens(prompt(0)), room, category)
-        return prompt(_largest(lambda n: count_tokens(prompt(n)) <= room, len(others))), tuple(common)
+        return prompt(_largest(lambda n: count_tokens(prompt(n)), room)), tuple(common)
     coded = ["".join(rng.choice(list(string.ascii_lowercase), 6)) for _ in range(200)]
     # Zipf with RULER's exponent of 2; the three most frequent stay apart by construction.
     weights = 1 / np.arange(1, len(coded) + 1) ** 2.0
@@ -221,7 +230,7 @@ def _word_list(
         return _FREQUENT_BEFORE + " .... ".join(items[j] for j in order) + _FREQUENT_AFTER
 
     _check_room(count_tokens(frequent(0)), room, category)
-    return frequent(_largest(lambda n: count_tokens(frequent(n)) <= room, room)), tuple(coded[:3])
+    return frequent(_largest(lambda n: count_tokens(frequent(n)), room)), tuple(coded[:3])
 
 
 def _check_room(needed: int, room: int, category: str) -> None:
@@ -233,29 +242,47 @@ def _check_room(needed: int, room: int, category: str) -> None:
         )
 
 
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n up to ``most`` that fits; more never fits where less does not."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+def _largest(count: Callable[[int], int], room: int) -> int:
+    """The largest n, 0 at least, with ``count(n) <= room``; count grows with n, and nearly in proportion.
+
+    A guess by proportion takes a few counts where bisection takes thirty: each reads the whole prompt.
+    """
+    low, at_low, high, guess = 0, count(0), None, 8
+    while high is None or high - low > 1:
+        tokens = count(guess)
+        per_step = max(1.0, (tokens - at_low) / (guess - low))
+        if tokens <= room:
+            low, at_low = guess, tokens
+        else:
+            high = guess
+        guess = low + max(1, int((room - at_low) / per_step))
+        guess = guess if high is None else max(low + 1, min(guess, high - 1))
     return low
 
 
-def questions_of_rows(rows: Sequence[Row], category: str, path: str) -> list[Question]:
-    """Questions of one of RULER's own files.
+def category_of(path: Path) -> str:
+    """The category of one of RULER's files (``<task>/validation.jsonl``) or of one that is named after its task."""
+    for name in (path.stem, path.parent.name):
+        if found := _NAMED.search(name):
+            return found[0]
+    return path.stem
+
+
+def questions_of_rows(rows: Sequence[Row], path: str) -> list[Question]:
+    """Questions of one of RULER's own files; what its path does not name is scored and cut as a needle.
 
     Raises:
         DataError: a row without an answer; names the file and the row.
     """
     out = []
+    category = category_of(Path(path))
+    kind = next((name for name in ANSWER_TOKENS if category.startswith(name)), "niah_single")
     for number, row in rows:
         outputs = tuple(str(x) for x in row["outputs"])
         if not outputs or not all(x.strip() for x in outputs):
             raise DataError(
                 f"{path}, row {number} must have an answer in outputs, got {list(outputs)}; drop the row"
             )
-        kind = next((name for name in CATEGORIES if category.startswith(name)), "niah_single")
         prompt = str(row["input"]) + str(row.get("answer_prefix", ""))
-        out.append(Question(category, prompt, outputs, ANSWER_TOKENS[kind]))
+        out.append(Question(category, prompt, outputs, ANSWER_TOKENS[kind], alternatives=kind == "qa"))
     return out

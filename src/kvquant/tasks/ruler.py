@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from kvquant.data.rows import read_rows
-from kvquant.data.ruler import FIELDS, WHERE_FROM, Question, generate, questions_of_rows, score
+from kvquant.data.ruler import FIELDS, WHERE_FROM, Question, generate, questions_of_rows
 from kvquant.errors import DataError
 from kvquant.tasks.questions import Item, answer, encode_prompt
 from kvquant.tasks.setup import Workbench, open_workbench
@@ -24,7 +23,7 @@ def run(cfg: Any, context: Any) -> None:
     for path in task.paths:
         # Read before the model: a broken file costs a second.
         rows = read_rows(path, FIELDS, where_from=WHERE_FROM, limit=task.count)
-        found = questions_of_rows(rows, Path(path).stem, str(path))
+        found = questions_of_rows(rows, str(path))
         read += [(q, f"{path}, row {row.number}") for q, row in zip(found, rows, strict=True)]
     bench = open_workbench(cfg, context)
     questions = read or [(q, f"task.categories={q.category}") for q in _generated(bench, task, cfg.seed)]
@@ -36,7 +35,7 @@ def run(cfg: Any, context: Any) -> None:
                     f"{what}: the answer must tokenise to at least 1 token, got none; drop the row"
                 )
         ids = encode_prompt(bench, question.prompt, question.answer_tokens, what)
-        items.append(Item(question.category, ids, question.answer_tokens, _scorer(question.outputs)))
+        items.append(Item(question.category, ids, question.answer_tokens, question.score))
     answer(
         cfg, context, bench, items, f"RULER, {cfg.model.name}, quant={cfg.quant.method} {cfg.quant.bits} bits"
     )
@@ -54,7 +53,3 @@ def _generated(bench: Workbench, task: Any, seed: int) -> list[Question]:
         for category in task.categories
         for question in generate(category, count_tokens, text, length, task.count, seed)
     ]
-
-
-def _scorer(outputs: tuple[str, ...]) -> Any:
-    return lambda text: score(text, outputs)
