@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+import kvquant
 from kvquant.cli import conf_dir
 from kvquant.config import register_schemas, validate
 from kvquant.data.longbench import SUITES, classification, code_similarity, qa_f1, retrieval, rouge_l
@@ -56,6 +57,15 @@ def test_compare_measures_every_variant_on_the_same_items(run, tmp_path) -> None
     two, three = (table[f"nuq{bits} recent_tokens=32"] for bits in (2, 3))
     assert two["kl"]["estimate"] > three["kl"]["estimate"] > 0
     assert two["effective_bits"] < three["effective_bits"]
+    # nuq at 2 bits, in every layer: four fp32 numbers a key channel, and two codebooks with their boundaries.
+    model = json.loads((Path(kvquant.__file__).parent / "assets" / "tiny" / "config.json").read_text())
+    channels, layers = model["num_key_value_heads"] * model["head_dim"], model["num_hidden_layers"]
+    constants = layers * 4 * (4 * channels + 2 * (4 + 3))
+    assert two["constants_bytes"] == constants and table["exact"]["constants_bytes"] == 0
+    per_window = 128 * 2 * channels * layers
+    assert two["effective_bits_with_constants"] - two["effective_bits"] == pytest.approx(
+        8 * constants / per_window
+    )
     assert two["kl"]["low"] <= two["kl"]["estimate"] <= two["kl"]["high"] and two["kl"]["n"] == 4
     assert two["passkey"]["n"] == 4
     items = json.loads((tmp_path / "items.json").read_text())

@@ -169,6 +169,13 @@ class BatchedKVQuantizer:
         # The layer's own number, which sink_rule may have lowered.
         return {**tensors, "sink_tokens": torch.tensor(self.spec.sink_tokens)}
 
+    @property
+    def constants_bytes(self) -> int:
+        """Bytes of what calibration fixed: thresholds and codebooks, held once however much is cached."""
+        tensors = (tensor for name, tensor in self.state().items() if name != "sink_tokens")
+        # Fields that a method leaves empty share one tensor.
+        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
     @classmethod
     def from_state(
         cls, spec: QuantSpec, num_kv_heads: int, head_dim: int, tensors: Mapping[str, Tensor]

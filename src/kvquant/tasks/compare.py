@@ -66,6 +66,7 @@ def run(cfg: Any, context: Any) -> None:
             row.variant.spec,
             [s.windows for s in row.sources],
             [s.passkeys for s in row.sources],
+            sum(quantizer.constants_bytes for quantizer in row.sources[0].calibration.quantizers),
         )
         for row in rows
     ]

@@ -35,12 +35,14 @@ class Row:
         spec: how it stores.
         windows: [draws][windows], as `quality.compare_window` makes them.
         passkeys: [draws][questions], whether the answer was right.
+        constants_bytes: codebooks and thresholds of all layers, held once for everything that is cached.
     """
 
     label: str
     spec: QuantSpec
     windows: list[list[dict[str, Any]]]
     passkeys: list[list[bool]]
+    constants_bytes: int = 0
 
     def sums(self, name: str) -> Floats:
         """A field of every window, averaged over draws of calibration text, [windows]."""
@@ -50,6 +52,12 @@ class Row:
     def effective_bits(self) -> float:
         """8 * bytes held / numbers held, over all windows."""
         return float(8 * self.sums("held_bytes").sum() / self.sums("elements").sum())
+
+    @property
+    def effective_bits_with_constants(self) -> float:
+        """The same as if every window were all that is cached and paid for codebooks and thresholds alone."""
+        elements = self.sums("elements")
+        return self.effective_bits + float(8 * self.constants_bytes * len(elements) / elements.sum())
 
     @property
     def excess(self) -> Floats:
@@ -103,6 +111,8 @@ def summarise(
         entry: dict[str, Any] = {
             **{k: getattr(row.spec, k) for k in ("method", "key_bits", "value_bits", "outlier_fraction")},
             "effective_bits": row.effective_bits,
+            "constants_bytes": row.constants_bytes,
+            "effective_bits_with_constants": row.effective_bits_with_constants,
             "perplexity": math.exp(
                 rows[0].sums("exact_nll_sum").sum() / n_tokens.sum() + row.excess.sum() / n_tokens.sum()
             ),
