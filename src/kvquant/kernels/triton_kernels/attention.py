@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvquant.kernels import KeyStore, LayerConstants, Rope, StoredLayer, ValueStore
 from kvquant.kernels.tiled_attention import attend_tiled
-from kvquant.kernels.triton_kernels import decode, prepare
+from kvquant.kernels.triton_kernels import decode, prepare, scratch
 from kvquant.kernels.triton_kernels.exact_decode import attend_exact_decode, exact_refusal
 from kvquant.kernels.triton_kernels.prefill import attend_prefill, prefill_refusal
 from kvquant.packing import packed_row_bytes, plane_widths
@@ -177,8 +177,10 @@ def attend_decode(
         H, values.zero.shape[-1], splits,
         G=G, GP=GP, D=D, BS=block_size, KB=layer.key_bits, VB=layer.value_bits,
         KW=KW, VW=VW, K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1],
-        K_BASE=keys.outlier_index.shape[-1], V_ENTRIES=values.outlier_index.shape[-1],
+        K_BASE=keys.outlier_index.shape[-1], K_PLACES=max(64, triton.next_power_of_2(keys.outlier_index.shape[-1])),
+        V_ENTRIES=values.outlier_index.shape[-1],
         ROTATED=rope is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+        SCRATCH="" if INTERPRET else scratch.declaration(D, block_size, prepared[0].shape[1]),
         INTERPRET=INTERPRET, num_warps=decode.WARPS, num_stages=1, maxnreg=_REGISTERS,
     )  # fmt: skip
     if sinks is not None and sink_tokens:

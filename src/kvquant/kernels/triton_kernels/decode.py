@@ -25,65 +25,38 @@ import triton
 import triton.language as tl
 
 from kvquant.kernels.triton_kernels.fragments import (
+    channel_of_row,
     column_of,
     flat,
     four_columns,
     key_side,
     load_words,
     query_side,
-    row_of,
-    rows_equal,
+    rows_of,
+    score_side,
     stack,
-    tokens_equal,
+    two_words,
     turned_back,
-    value_tile,
+    value_side,
 )
-from kvquant.kernels.triton_kernels.lookup import key_words, load_tables
+from kvquant.kernels.triton_kernels.lookup import key_words, load_tables, value_words
+from kvquant.kernels.triton_kernels.outlier_products import key_products, value_products
+from kvquant.kernels.triton_kernels.scratch import (
+    ahead,
+    allocate,
+    fetch,
+    half_add,
+    key_chain,
+    key_entry,
+    put,
+    scratch_bytes,
+    value_entry,
+    value_rest,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LARGEST = tl.constexpr(
-    32000.0
-)  # of a difference: queries are at most a half, fp16 holds the sum of two products
-WEIGHT_SCALE = tl.constexpr(
-    16384.0
-)  # small weights, which large outliers may have, would be subnormal in fp16
+WEIGHT_BITS = tl.constexpr(10.0)  # weights are at most 2^10: fp16 holds smaller ones so
 WARPS = 2  # the tensors of 64 threads are made for it
-
-
-@triton.jit
-def _key_differences(
-    number, kept, live, q_half, floor, inverse_size, offset_cos, offset_sin, base,
-    GP: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr,
-):  # fmt: skip
-    """What each of 32 outliers adds to its token's scores, [32, GP] fp32: an outlier weighs too much to be rounded."""
-    HALF: tl.constexpr = D // 2
-    t = number // D
-    d = number % D
-    g = tl.arange(0, GP)[None, :]
-    delta = kept * inverse_size - tl.load(floor + d, mask=live, other=0.0)
-    delta = tl.where(live, tl.minimum(tl.maximum(delta, -LARGEST), LARGEST), 0.0)
-    own = tl.load(q_half + d[:, None] * GP + g).to(tl.float32)
-    if ROTATED:
-        j = d % HALF
-        cb = tl.load(base + j)
-        sb = tl.load(base + HALF + j)
-        co = tl.load(offset_cos + t * HALF + j)
-        so = tl.load(offset_sin + t * HALF + j)
-        side = tl.where(d < HALF, delta, -delta)
-        other = tl.load(q_half + tl.where(d < HALF, d + HALF, j)[:, None] * GP + g).to(tl.float32)
-        return own * ((cb * co - sb * so) * delta)[:, None] + other * ((sb * co + cb * so) * side)[:, None]
-    else:
-        return own * delta[:, None]
-
-
-@triton.jit
-def _channel_of_row(
-    row, PART: tl.constexpr, D: tl.constexpr, W: tl.constexpr, UPG: tl.constexpr, NP: tl.constexpr
-):
-    """Channel in row 0 to 63 of an output tile; PART is its unit of the group, times two, plus its field."""
-    unit = (((row // 16) % 2) * 8 + row % 8) * UPG + PART // 2
-    byte = (unit // NP) * 4 + (row // 32) * 2 + (row // 8) % 2
-    return tl.where(unit < D // 8, (unit % NP) * W + byte + (PART % 2) * (D // 2), D)
 
 
 @triton.jit
@@ -91,9 +64,26 @@ def _store_part(
     part_out, at_part, acc, G: tl.constexpr, GP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
     UPG: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
-    channels = _channel_of_row(tl.arange(0, 64), PART, D, W, UPG, NP)[:, None]
+    channels = channel_of_row(tl.arange(0, 64), PART, D, W, UPG, NP)[:, None]
     inside = (tl.arange(0, GP)[None, :] < G) & (channels < D)
     tl.store(part_out + at_part[None, :] * D + channels, acc, mask=inside)
+
+
+@triton.jit
+def _larger_of_both(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _over_rows(x, BS: tl.constexpr, GP: tl.constexpr):
+    """Sums over the rows that one thread holds, [2 warps, 8, GP]."""
+    return tl.sum(tl.sum(tl.reshape(x, (BS // 32, 2, 2, 8, GP)), 2), 0)
+
+
+@triton.jit
+def _any_row(x, BS: tl.constexpr, GP: tl.constexpr):
+    """What all rows have in common, in the shape of :func:`_over_rows`: one conversion of layouts less."""
+    return tl.max(tl.max(tl.reshape(x, (BS // 32, 2, 2, 8, GP)), 2), 0)
 
 
 @triton.jit
@@ -111,8 +101,8 @@ def _decode_kernel(
     H, VG, splits,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     KW: tl.constexpr, VW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_BASE: tl.constexpr, V_ENTRIES: tl.constexpr, ROTATED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
+    K_BASE: tl.constexpr, K_PLACES: tl.constexpr, V_ENTRIES: tl.constexpr, ROTATED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCRATCH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = BS // 16  # registers of a thread for the rows of a block
     NG: tl.constexpr = GP // 8
@@ -125,6 +115,9 @@ def _decode_kernel(
     VNP: tl.constexpr = 1 if VB == 4 else 2
     UPG: tl.constexpr = 1 if D <= 128 else 2  # units of a row that one of its sixteen groups of lanes decodes
     S: tl.constexpr = BS // 8
+    K_SCATTER: tl.constexpr = K_BASE > 0 and len(SCRATCH) > 0
+    V_SCATTER: tl.constexpr = V_ENTRIES > 0 and len(SCRATCH) > 0
+    PLACES: tl.constexpr = 128 if D >= 128 else 64  # outliers of values at once: two of a thread
 
     bh = tl.program_id(0)
     b = bh // H
@@ -145,6 +138,8 @@ def _decode_kernel(
     thread = tl.arange(0, 64)
     lane = tl.arange(0, 32)
     four = tl.arange(0, 4)[None, :]
+    place = tl.arange(0, PLACES)
+    k_entry = tl.arange(0, K_PLACES)
     r = thread % 4
     first_row = (thread // 32) * 16 + (thread % 32) // 4  # a thread's first row of every 32
     key_word = (r * CPL)[:, None] + tl.arange(0, CPLP)[None, :]  # [64, CPLP]
@@ -153,302 +148,222 @@ def _decode_kernel(
         key_word = tl.where(tl.arange(0, CPLP)[None, :] < CPL, key_word, K_WORDS)
     group_unit = ((thread // 32) * 8 + (thread % 32) // 4) * UPG
 
-    q_words = q_words.to(tl.pointer_type(tl.int32)) + bh * (UNITS * GP * 16)
+    q_words = q_words.to(tl.pointer_type(tl.int64)) + bh * (UNITS * GP * 8)
     q_half += bh * D * GP
     floor += bh * D
     affine = affine.to(tl.pointer_type(tl.int32)) + bh * (UNITS * 32)
     angle_words = angles.to(tl.pointer_type(tl.int32))
-    base_words = bases.to(tl.pointer_type(tl.int32))
+    base_words = bases.to(tl.pointer_type(tl.int64))
     score_unit = tl.load(unit + bh * 2)
     inverse_size = tl.load(unit + bh * 2 + 1)
-    kt0, kt1, kt2, kt3, kt4, kt5, kt6, kt7 = load_tables(key_centroids, KB)
-    vt0, vt1, vt2, vt3, vt4, vt5, vt6, vt7 = load_tables(value_centroids, VB)
+    key_tables = load_tables(key_centroids, KB)
+    value_tables = load_tables(value_centroids, VB)
     v_first = tl.load(value_centroids)
     value_group = h * VG // H
-    entry = tl.arange(0, 32)
+    scratch = tl.zeros((), tl.int32)
+    if K_SCATTER or V_SCATTER:
+        scratch = allocate(SCRATCH, scratch_bytes(BS, UNITS, UPG))
+        tl.debug_barrier()
 
     best = tl.full((GP,), -float("inf"), tl.float32)
-    total = tl.zeros((8, GP), tl.float32)  # over the registers in the loop, over the lanes after it
+    total = tl.zeros((2, 8, GP), tl.float32)  # over the rows of a thread in the loop, over the threads after it
     zeros = total
+    size = tl.full((GP,), 1.0, tl.float32)
     acc0 = tl.zeros((64, GP), tl.float32)
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
+    table_row = block_table + b * table_stride
+    block = tl.load(table_row + begin, mask=begin < end, other=0).to(tl.int64)
 
     for column in range(begin, end):
-        block = tl.load(block_table + b * table_stride + column).to(tl.int64)
-        row0 = (block * H + h) * BS
+        coming = tl.load(table_row + tl.minimum(column + 1, end - 1)).to(tl.int64)
+        at = block * H + h
+        if K_SCATTER:
+            k_number = tl.load(key_index + at * K_BASE + k_entry, mask=k_entry < K_BASE, other=0)
+            k_kept = tl.load(key_value + at * K_BASE + k_entry, mask=k_entry < K_BASE, other=0.0)
+            k_count = tl.load(key_count + at)
         codes, third = load_words(
-            key_codes + row0 * K_ROW,
-            first_row[:, None],
-            key_word,
-            KW,
-            K_ROW,
-            K_WORDS,
-            not key_inside,
-            KB,
-            8,
-            32,
-            R,
-        )
-        position = column * BS + slot
-        visible = (position < length) & (position >= first_visible)
-        range_at = (block * BS + slot) * VG + value_group
-        v_scale = tl.load(value_scale + range_at, mask=visible, other=0.0).to(tl.float32)
-        v_zero = tl.load(value_zero + range_at, mask=visible, other=0.0).to(tl.float32)
+            key_codes + at * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS, not key_inside, KB, 8, 32, R
+        )  # fmt: skip
+        first_slot = first_visible - column * BS
+        end_slot = length - column * BS
+        ranges = block * BS * VG + value_group
+        v_scale = score_side(rows_of(value_scale + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
+        v_zero = score_side(rows_of(value_zero + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
+        if V_ENTRIES > 0:
+            # An open block lists all heads' entries token by token, a closed one those of each head together.
+            ends = value_end + block * H
+            closed = tl.load(ends + H - 1) > 0
+            v_begin = tl.load(ends + h - 1, mask=h > 0, other=0)
+            v_end = tl.where(closed, tl.load(ends + h), tl.minimum(end_slot, BS) * V_ENTRIES)
+            entries = block * (BS * V_ENTRIES)
+        if not INTERPRET:
+            next_head = coming * H + h
+            ahead(key_codes + next_head * (BS * K_ROW), BS * K_ROW, value_codes + next_head * (BS * V_ROW), BS * V_ROW)
 
         # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
+        if K_SCATTER:
+            k_live = k_entry < tl.minimum(k_count, K_BASE)
+            k_place, k_delta = key_entry(k_number, k_kept, k_live, floor, inverse_size, scratch, D, KW, CPL, KNP, R)
+            put(k_place, k_delta, k_live)
+            if k_count > K_BASE:
+                key_chain(
+                    k_count - K_BASE, tl.load(spill_head + at), spill_next, spill_index, spill_value, floor,
+                    inverse_size, scratch, D, KW, CPL, KNP, R, False,
+                )  # fmt: skip
+            tl.debug_barrier()
         scores = tl.zeros((BS, GP), tl.float32)
         for c in tl.static_range(CPL):
             word = column_of(codes, c, CPLP, R, 64)
             bits3 = column_of(third, c, CPLP, R, 64)
             for half in tl.static_range(KNP):
                 n = c * KNP + half
-                ranges = affine + ((n * 4 + r) * 8)[:, None] + four
-                sx01, sx23, zx01, zx23 = four_columns(tl.load(ranges), 1, 64)
-                sy01, sy23, zy01, zy23 = four_columns(tl.load(ranges + 4), 1, 64)
-                at = q_words + ((n * GP + lane // 4) * 4 + lane % 4) * 4
-                x01 = tl.reshape(stack(at, True, 128, 256, NG, False), (32, NG))
-                x23 = tl.reshape(stack(at + 1, True, 128, 256, NG, False), (32, NG))
-                y01 = tl.reshape(stack(at + 2, True, 128, 256, NG, False), (32, NG))
-                y23 = tl.reshape(stack(at + 3, True, 128, 256, NG, False), (32, NG))
+                own = affine + ((n * 4 + r) * 8)[:, None] + four
+                sx01, sx23, zx01, zx23 = four_columns(tl.load(own), 1, 64)
+                sy01, sy23, zy01, zy23 = four_columns(tl.load(own + 4), 1, 64)
+                if K_SCATTER:
+                    dx01, dx23, dy01, dy23 = fetch(scratch + n * (R * 1024) + thread * 16, R)
+                    zx01 = half_add(zx01, tl.reshape(dx01, (64, R)))
+                    zx23 = half_add(zx23, tl.reshape(dx23, (64, R)))
+                    zy01 = half_add(zy01, tl.reshape(dy01, (64, R)))
+                    zy23 = half_add(zy23, tl.reshape(dy23, (64, R)))
+                q = q_words + ((n * GP + lane // 4) * 4 + lane % 4) * 2
+                x01, x23 = two_words(tl.reshape(stack(q, True, 64, 128, NG, False), (32, NG)))
+                y01, y23 = two_words(tl.reshape(stack(q + 1, True, 64, 128, NG, False), (32, NG)))
                 if ROTATED:
                     t = angle_words + ((first_row * UNITS * 4 + r) * 4 + n * 16)[:, None] + four
                     c01, c23, s01, s23 = four_columns(
                         stack(t, True, UNITS * 128, UNITS * 512, R, False), R, 64
                     )
-                    o = base_words + ((column * UNITS + n) * 4 + lane % 4) * 4
-                    x01, x23, y01, y23 = turned_back(
-                        x01, x23, y01, y23, tl.load(o)[:, None], tl.load(o + 1)[:, None], tl.load(o + 2)[:, None],
-                        tl.load(o + 3)[:, None], INTERPRET,
-                    )  # fmt: skip
+                    o = base_words + ((column * UNITS + n) * 4 + lane % 4) * 2
+                    bc01, bc23 = two_words(tl.load(o)[:, None])
+                    bs01, bs23 = two_words(tl.load(o + 1)[:, None])
+                    x01, x23, y01, y23 = turned_back(x01, x23, y01, y23, bc01, bc23, bs01, bs23, INTERPRET)
                 else:
                     c01, c23, s01, s23 = word, word, word, word
                 k01, k23, l01, l23 = key_words(
-                    word, bits3, kt0, kt1, kt2, kt3, kt4, kt5, kt6, kt7, key_centroids,
-                    sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+                    word, bits3, key_tables, key_centroids, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
                     c01, c23, s01, s23, 2 * half, KB, ROTATED, INTERPRET,
                 )  # fmt: skip
                 scores = tl.dot(key_side(k01, k23, R), query_side(x01, x23, NG), scores)
                 scores = tl.dot(key_side(l01, l23, R), query_side(y01, y23, NG), scores)
-        if K_BASE > 0:
-            count = tl.load(key_count + block * H + h)
-            stored = tl.minimum(count, K_BASE)
-            index = key_index + (block * H + h) * K_BASE
-            kept_row = key_value + (block * H + h) * K_BASE
-            base = wide_bases + column * D
-            own_chunks = tl.cdiv(stored, 32)
-            chunk = tl.zeros((), tl.int64)
-            if count > K_BASE:
-                chunk = tl.load(spill_head + block * H + h).to(tl.int64)
-            for i in range(own_chunks + tl.cdiv(count - stored, 32)):
-                # The block's own row first, then the chain of spilled chunks.
-                left = stored - i * 32
-                numbers = index + i * 32
-                kepts = kept_row + i * 32
-                if i >= own_chunks:
-                    left = count - K_BASE - (i - own_chunks) * 32
-                    numbers = spill_index + chunk * 32
-                    kepts = spill_value + chunk * 32
-                    if left > 32:
-                        chunk = tl.load(spill_next + chunk).to(tl.int64)
-                live = entry < left
-                number = tl.load(numbers + entry, mask=live, other=0).to(tl.int32) & 0xFFFF
-                kept = tl.load(kepts + entry, mask=live, other=0.0).to(tl.float32)
-                w = _key_differences(
-                    number,
-                    kept,
-                    live,
-                    q_half,
-                    floor,
-                    inverse_size,
-                    offset_cos,
-                    offset_sin,
-                    base,
-                    GP,
-                    D,
-                    ROTATED,
-                )
-                one = rows_equal(row_of(R), numbers, left, 0, D, True, R, INTERPRET)
-                high = w.to(tl.float16)
-                scores = tl.dot(one, high, scores)
-                scores = tl.dot(one, (w - high.to(tl.float32)).to(tl.float16), scores)
+        v_codes = value_codes + at * (BS * V_ROW)
+        a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
+        b0, tb0 = load_words(v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
+        if V_SCATTER:
+            v_entry = (v_begin // 2) * 2 + place
+            v_number = tl.load(value_index + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0)
+            v_kept = tl.load(value_value + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0.0)
+        if K_SCATTER:
+            tl.debug_barrier()
+            put(k_place, tl.zeros_like(k_delta), k_live)
+            if k_count > K_BASE:
+                key_chain(
+                    k_count - K_BASE, tl.load(spill_head + at), spill_next, spill_index, spill_value, floor,
+                    inverse_size, scratch, D, KW, CPL, KNP, R, True,
+                )  # fmt: skip
+        elif K_BASE > 0:
+            scores = key_products(
+                scores, key_count, key_index, key_value, spill_head, spill_next, spill_index, spill_value, at, q_half,
+                floor, inverse_size, offset_cos, offset_sin, wide_bases + column * D, GP, D, K_BASE, ROTATED, R,
+                INTERPRET,
+            )  # fmt: skip
         scores = scores * score_unit  # times log2(e), unless a cap comes first
         if HAS_SOFTCAP:
             # tanh through exp, which keeps its sign at both ends
             decay = tl.exp2(tl.abs(scores / softcap) * (-2.0 * 1.4426950408889634))
             scores = tl.where(scores < 0, -LOG2E, LOG2E) * softcap * (1.0 - decay) / (1.0 + decay)
+        visible = (slot >= first_slot) & (slot < end_slot)
         scores = tl.where(visible[:, None], scores, -float("inf"))
 
-        # -- weights ---------------------------------------------------------------------------------------------
-        new = tl.maximum(best, tl.max(scores, 0))
+        # -- weights, times 2^10 against fp16's smallest, and the largest range of a value -------------------------
+        new, new_size = tl.reduce((scores, v_scale), 0, _larger_of_both)
+        new = tl.maximum(best, new)
+        new_size = tl.where(new_size > 0, new_size, size)
         shift = tl.where(new == -float("inf"), 0.0, new)
-        weights = tl.exp2(scores - shift[None, :])  # [BS, GP]
-        fade = tl.exp2(best - shift)[None, :]
+        weights = tl.exp2(scores - (shift - WEIGHT_BITS)[None, :])  # [BS, GP]
+        fade = tl.exp2(best - shift)
         best = new
-        total = total * fade + tl.sum(tl.reshape(weights, (BS // 8, 8, GP)), 0)
-        zeros = zeros * fade + tl.sum(tl.reshape(weights * v_zero[:, None], (BS // 8, 8, GP)), 0)
+        fades = _any_row(tl.broadcast_to(fade[None, :], (BS, GP)), BS, GP)
+        total = total * fades + _over_rows(weights, BS, GP)
+        zeros = zeros * fades + _over_rows(weights * v_zero, BS, GP)
+        inverse = 1.0 / new_size
+        weighted = (weights * (v_scale * inverse[None, :])).to(tl.float16)
+        plain = weights.to(tl.float16)
+        fade = (fade * (size * inverse))[None, :]
+        size = new_size
 
         # -- values: a token's range goes into its weight --------------------------------------------------------
-        size = tl.max(v_scale, 0)
-        size = tl.where(size > 0, size, 1.0)
-        weighted = (weights * (v_scale / size)[:, None]).to(tl.float16)
-        plain = (weights * WEIGHT_SCALE).to(tl.float16)
-        v_codes = value_codes + row0 * V_ROW
-        a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
-        b0, tb0 = load_words(
-            v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S
-        )
+        if V_SCATTER:
+            block_inverse = tl.max(inverse, 0)
+            tl.debug_barrier()
+            v_live = (v_entry >= v_begin) & (v_entry < v_end) & closed
+            v_place, v_delta = value_entry(
+                v_number, v_kept, v_live, value_zero + ranges, value_scale + ranges, VG, v_first, block_inverse, scratch,
+                D, VW, VNP, UPG, S,
+            )  # fmt: skip
+            put(v_place, v_delta, v_live)
+            v_rest = tl.where(closed, (v_begin // 2) * 2 + PLACES, 0)
+            if v_rest < v_end:
+                value_rest(
+                    value_index + entries, value_value + entries, v_rest, v_end, closed, h * D, value_zero + ranges,
+                    value_scale + ranges, VG, v_first, block_inverse, scratch, D, VW, VNP, UPG, S, V_ENTRIES, False,
+                )  # fmt: skip
         a0, b0, ta0, tb0 = flat(a0, S), flat(b0, S), flat(ta0, S), flat(tb0, S)
         shift0 = ((group_unit % VNP) * 2)[:, None]
-        tile = value_tile(
-            a0,
-            b0,
-            ta0,
-            tb0,
-            shift0,
-            vt0,
-            vt1,
-            vt2,
-            vt3,
-            vt4,
-            vt5,
-            vt6,
-            vt7,
-            value_centroids,
-            0,
-            S,
-            VB,
-            INTERPRET,
-        )
-        out0 = tl.dot(tile, weighted)
-        tile = value_tile(
-            a0,
-            b0,
-            ta0,
-            tb0,
-            shift0,
-            vt0,
-            vt1,
-            vt2,
-            vt3,
-            vt4,
-            vt5,
-            vt6,
-            vt7,
-            value_centroids,
-            1,
-            S,
-            VB,
-            INTERPRET,
-        )
-        out1 = tl.dot(tile, weighted)
-        out2 = out0
-        out3 = out1
+        w0, w1, w2, w3 = value_words(a0, b0, ta0, tb0, shift0, value_tables, value_centroids, 0, VB, INTERPRET)
+        acc0 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc0 * fade)
+        w0, w1, w2, w3 = value_words(a0, b0, ta0, tb0, shift0, value_tables, value_centroids, 1, VB, INTERPRET)
+        acc1 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc1 * fade)
         if UPG == 2:
             unit1 = group_unit + 1
             a1, ta1 = load_words(v_codes, r * 4, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S)
             b1, tb1 = load_words(v_codes, r * 4 + 1, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S)
             a1, b1, ta1, tb1 = flat(a1, S), flat(b1, S), flat(ta1, S), flat(tb1, S)
             shift1 = ((unit1 % VNP) * 2)[:, None]
-            tile = value_tile(
-                a1,
-                b1,
-                ta1,
-                tb1,
-                shift1,
-                vt0,
-                vt1,
-                vt2,
-                vt3,
-                vt4,
-                vt5,
-                vt6,
-                vt7,
-                value_centroids,
-                0,
-                S,
-                VB,
-                INTERPRET,
-            )
-            out2 = tl.dot(tile, weighted)
-            tile = value_tile(
-                a1,
-                b1,
-                ta1,
-                tb1,
-                shift1,
-                vt0,
-                vt1,
-                vt2,
-                vt3,
-                vt4,
-                vt5,
-                vt6,
-                vt7,
-                value_centroids,
-                1,
-                S,
-                VB,
-                INTERPRET,
-            )
-            out3 = tl.dot(tile, weighted)
-        if V_ENTRIES > 0:
-            ends = value_end + block * H
-            closed = tl.load(ends + H - 1) > 0
-            # An open block lists all heads' entries token by token, a closed one those of each head together.
-            e_first = 0
-            if h > 0:
-                e_first = tl.load(ends + h - 1)
-            e_last = tl.where(closed, tl.load(ends + h), tl.minimum(length - column * BS, BS) * V_ENTRIES)
-            entries = block * BS * V_ENTRIES
-            for e1 in range((e_first // 4) * 4, e_last, 32):
-                one = tokens_equal(
-                    value_index + entries, e1, e_first, e_last, closed, D, BS, V_ENTRIES, INTERPRET
-                )
-                picked = tl.dot(one, plain)  # [32, GP]: the weights of the entries' tokens
-                ve = e1 + entry
-                v_live = (ve >= e_first) & (ve < e_last)
-                v_number = tl.load(value_index + entries + ve, mask=v_live, other=0).to(tl.int32) & 0xFFFF
-                v_kept = tl.load(value_value + entries + ve, mask=v_live, other=0.0).to(tl.float32)
-                v_token = tl.where(closed, v_number // D, ve // V_ENTRIES) & (BS - 1)
-                v_channel = tl.where(closed, v_number % D, v_number - h * D)
-                v_live = v_live & (v_channel >= 0) & (v_channel < D)
-                range_e = (block * BS + v_token) * VG + value_group
-                zero_e = tl.load(value_zero + range_e).to(tl.float32)
-                scale_e = tl.load(value_scale + range_e).to(tl.float32)
-                delta = (v_kept - (zero_e + scale_e * v_first)) / size
-                delta = tl.where(v_live, delta, 0.0)
-                ew = tl.minimum(tl.maximum(picked * (delta / WEIGHT_SCALE)[:, None], -LARGEST), LARGEST).to(
-                    tl.float16
-                )
-                numbers = value_index + entries + e1
-                last = e_last - e1
-                origin = tl.where(closed, -1, h * D)
-                c0 = _channel_of_row(row_of(4), 0, D, VW, UPG, VNP)
-                c1 = _channel_of_row(row_of(4), 1, D, VW, UPG, VNP)
-                out0 = tl.dot(rows_equal(c0, numbers, last, origin, D, False, 4, INTERPRET), ew, out0)
-                out1 = tl.dot(rows_equal(c1, numbers, last, origin, D, False, 4, INTERPRET), ew, out1)
-                if UPG == 2:
-                    c2 = _channel_of_row(row_of(4), 2, D, VW, UPG, VNP)
-                    c3 = _channel_of_row(row_of(4), 3, D, VW, UPG, VNP)
-                    out2 = tl.dot(rows_equal(c2, numbers, last, origin, D, False, 4, INTERPRET), ew, out2)
-                    out3 = tl.dot(rows_equal(c3, numbers, last, origin, D, False, 4, INTERPRET), ew, out3)
-        acc0 = acc0 * fade + out0 * size
-        acc1 = acc1 * fade + out1 * size
-        if UPG == 2:
-            acc2 = acc2 * fade + out2 * size
-            acc3 = acc3 * fade + out3 * size
+            w0, w1, w2, w3 = value_words(a1, b1, ta1, tb1, shift1, value_tables, value_centroids, 0, VB, INTERPRET)
+            acc2 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc2 * fade)
+            w0, w1, w2, w3 = value_words(a1, b1, ta1, tb1, shift1, value_tables, value_centroids, 1, VB, INTERPRET)
+            acc3 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc3 * fade)
+        if V_SCATTER:
+            tl.debug_barrier()
+            w0, w1, w2, w3 = fetch(scratch + thread * 16, S)
+            acc0 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc0)
+            w0, w1, w2, w3 = fetch(scratch + S * 1024 + thread * 16, S)
+            acc1 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc1)
+            if UPG == 2:
+                w0, w1, w2, w3 = fetch(scratch + 2 * S * 1024 + thread * 16, S)
+                acc2 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc2)
+                w0, w1, w2, w3 = fetch(scratch + 3 * S * 1024 + thread * 16, S)
+                acc3 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc3)
+            tl.debug_barrier()
+            put(v_place, tl.zeros_like(v_delta), v_live)
+            if v_rest < v_end:
+                value_rest(
+                    value_index + entries, value_value + entries, v_rest, v_end, closed, h * D, value_zero + ranges,
+                    value_scale + ranges, VG, v_first, block_inverse, scratch, D, VW, VNP, UPG, S, V_ENTRIES, True,
+                )  # fmt: skip
+            tl.debug_barrier()
+        elif V_ENTRIES > 0:
+            acc0, acc1, acc2, acc3 = value_products(
+                acc0, acc1, acc2, acc3, plain, value_index + entries, value_value + entries, v_begin, v_end, closed,
+                h * D, value_zero + ranges, value_scale + ranges, VG, v_first, tl.max(inverse, 0),
+                D, VW, VNP, UPG, BS, V_ENTRIES, INTERPRET,
+            )  # fmt: skip
+        block = coming
 
     at_part = (bh * splits + split) * GP + g
     tl.store(part_best + at_part, best)
-    tl.store(part_total + at_part, tl.sum(total, 0))
-    zero_sum = tl.sum(zeros, 0)[None, :]
-    _store_part(part_out, at_part, acc0 + zero_sum, G, GP, 0, D, VW, UPG, VNP)
-    _store_part(part_out, at_part, acc1 + zero_sum, G, GP, 1, D, VW, UPG, VNP)
+    UNIT: tl.constexpr = 2.0**-10
+    tl.store(part_total + at_part, tl.sum(tl.sum(total, 0), 0) * UNIT)
+    zero_sum = tl.sum(tl.sum(zeros, 0), 0)[None, :] * UNIT
+    size = size[None, :] * UNIT
+    _store_part(part_out, at_part, acc0 * size + zero_sum, G, GP, 0, D, VW, UPG, VNP)
+    _store_part(part_out, at_part, acc1 * size + zero_sum, G, GP, 1, D, VW, UPG, VNP)
     if UPG == 2:
-        _store_part(part_out, at_part, acc2 + zero_sum, G, GP, 2, D, VW, UPG, VNP)
-        _store_part(part_out, at_part, acc3 + zero_sum, G, GP, 3, D, VW, UPG, VNP)
+        _store_part(part_out, at_part, acc2 * size + zero_sum, G, GP, 2, D, VW, UPG, VNP)
+        _store_part(part_out, at_part, acc3 * size + zero_sum, G, GP, 3, D, VW, UPG, VNP)
 
 
 @triton.jit

@@ -12,11 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvquant.kernels.triton_kernels.lookup import equal, first_half, second_half, value_words
+from kvquant.kernels.triton_kernels.lookup import equal, first_half, second_half
+
+STREAM = tl.constexpr(".cg")  # loads of what nobody reads again leave the first cache to the tables that all blocks share
+_CACHED = tl.constexpr("")
 
 
 @triton.jit
-def stack(pointer, inside, LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
+def stack(
+    pointer, inside, LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    CACHE: tl.constexpr = _CACHED,
+):  # fmt: skip
     """N loads of one shape, joined in registers, [..., 2, 2, ...]: their offsets count LO once, HI, 2 HI, 4 HI.
 
     One load a register instead of one load of all of them, because only then do all compilers leave the threads where
@@ -24,17 +30,18 @@ def stack(pointer, inside, LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr, 
     """
     if N == 1:
         if MASKED:
-            return tl.load(pointer, mask=inside, other=0)
+            return tl.load(pointer, mask=inside, other=0, cache_modifier=CACHE)
         else:
-            return tl.load(pointer)
+            return tl.load(pointer, cache_modifier=CACHE)
     elif N == 2:
         return tl.join(
-            stack(pointer, inside, LO, HI, 1, MASKED), stack(pointer + LO, inside, LO, HI, 1, MASKED)
+            stack(pointer, inside, LO, HI, 1, MASKED, CACHE),
+            stack(pointer + LO, inside, LO, HI, 1, MASKED, CACHE),
         )
     else:
         return tl.join(
-            stack(pointer, inside, LO, HI, N // 2, MASKED),
-            stack(pointer + (N // 4) * HI, inside, LO, HI, N // 2, MASKED),
+            stack(pointer, inside, LO, HI, N // 2, MASKED, CACHE),
+            stack(pointer + (N // 4) * HI, inside, LO, HI, N // 2, MASKED, CACHE),
         )
 
 
@@ -46,7 +53,7 @@ def _byte(pointer, inside, ROW: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr
 @triton.jit
 def load_words(
     codes, row, word, W: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr,
-    LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr,
+    LO: tl.constexpr, HI: tl.constexpr, N: tl.constexpr, CACHE: tl.constexpr = STREAM,
 ):  # fmt: skip
     """Words ``word`` of the rows numbered ``row`` and of N - 1 further ones (:func:`stack`), and their third bits.
 
@@ -58,11 +65,11 @@ def load_words(
         upper = tl.join(upper, upper)
     if W % 8 == 0 or (BITS != 3 and W % 4 == 0):
         base = codes.to(tl.pointer_type(tl.int32)) + row * (ROW // 4)
-        words = stack(base + word, inside, LO * (ROW // 4), HI * (ROW // 4), N, MASKED)
+        words = stack(base + word, inside, LO * (ROW // 4), HI * (ROW // 4), N, MASKED, CACHE)
         third = words
         if BITS == 3:
             at = base + W // 4 + word % (W // 8)
-            third = stack(at, inside, LO * (ROW // 4), HI * (ROW // 4), N, MASKED) >> upper
+            third = stack(at, inside, LO * (ROW // 4), HI * (ROW // 4), N, MASKED, CACHE) >> upper
     else:  # rows of 3-bit codes that no word boundary divides
         words = _byte(codes + row * ROW + word * 4, inside & (word * 4 < W), ROW, LO, HI, N)
         third = words
@@ -108,6 +115,12 @@ def four_columns(x, R: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def two_words(x):
+    """The lower and the upper half of 64-bit words."""
+    return x.to(tl.int32), (x >> 32).to(tl.int32)
+
+
+@triton.jit
 def key_side(low, high, R: tl.constexpr):
     """Words of a thread's columns (0, 1) and (2, 3), [64, R] each, as [R * 16, 16] fp16."""
     x = tl.join(
@@ -142,14 +155,11 @@ def _value_pair(even, odd):
 
 
 @triton.jit
-def value_tile(
-    a, b, third_a, third_b, shift, t0, t1, t2, t3, t4, t5, t6, t7, table,
-    FIELD: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """One field of a unit of values of every thread, [64 channels, 8 S tokens] fp16; rows as ``_channel_of_row`` in decode.py."""
-    w0, w1, w2, w3 = value_words(
-        a, b, third_a, third_b, shift, t0, t1, t2, t3, t4, t5, t6, t7, table, FIELD, BITS, INTERPRET
-    )
+def value_side(w0, w1, w2, w3, S: tl.constexpr):
+    """Words of (two tokens) of a thread's channels 0 to 3, [64, S] each, as [64 channels, 8 S tokens] fp16.
+
+    Rows are as :func:`channel_of_row` says.
+    """
     x = tl.join(_value_pair(w0, w1), _value_pair(w2, w3))  # [64, S, token, channel, channel pair]
     # warp; q; r; tokens: 2, 16, 32, 64; token; channel; pair
     if S == 4:
@@ -159,6 +169,39 @@ def value_tile(
     else:
         x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2, 2, 2, 2, 2)), (9, 0, 8, 1, 6, 5, 4, 2, 3, 7))
     return tl.reshape(x, (64, S * 8))
+
+
+@triton.jit
+def channel_of_row(
+    row, PART: tl.constexpr, D: tl.constexpr, W: tl.constexpr, UPG: tl.constexpr, NP: tl.constexpr
+):
+    """Channel in row 0 to 63 of an output tile; PART is its unit of the group, times two, plus its field."""
+    unit = (((row // 16) % 2) * 8 + row % 8) * UPG + PART // 2
+    byte = (unit // NP) * 4 + (row // 32) * 2 + (row // 8) % 2
+    return tl.where(unit < D // 8, (unit % NP) * W + byte + (PART % 2) * (D // 2), D)
+
+
+@triton.jit
+def rows_of(pointer, stride, row, first, last, N: tl.constexpr):
+    """Numbers of a thread's rows as :func:`stack` joins them, fp32; of the nearest row for rows outside first to last."""
+    if N == 1:
+        return tl.load(pointer + tl.minimum(tl.maximum(row, first), last) * stride).to(tl.float32)
+    else:
+        return tl.join(
+            rows_of(pointer, stride, row, first, last, N // 2),
+            rows_of(pointer, stride, row + (8 if N == 2 else N * 8), first, last, N // 2),
+        )
+
+
+@triton.jit
+def score_side(x, R: tl.constexpr, GP: tl.constexpr):
+    """A number for each of a thread's rows, [64, R] (:func:`rows_of`), as [16 R, GP]."""
+    if R == 8:
+        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, 2, 2)), (5, 4, 0, 3, 1, 2))  # warp; q; r; row: 8, 32, 64
+    else:
+        x = tl.permute(tl.reshape(x, (2, 8, 4, 2, R // 2)), (4, 0, 3, 1, 2))  # warp; q; r; row: 8, 32
+    x = tl.reshape(x, (R * 16, 1, 4, 1))
+    return tl.reshape(tl.broadcast_to(x, (R * 16, GP // 8, 4, 2)), (R * 16, GP))
 
 
 @triton.jit

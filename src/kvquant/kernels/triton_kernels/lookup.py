@@ -222,7 +222,7 @@ def _plain_key_pair(
 
 @triton.jit
 def key_words(
-    word, third, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3, table,
+    word, third, tables, table,
     sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, c01, c23, s01, s23,
     SHIFT: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +230,7 @@ def key_words(
 
     Args:
         word, third: codes and, for 3 bits, third bits, int32 of any shape; ``third`` is not yet shifted by SHIFT.
-        lo0 to hi3, table: from :func:`load_tables`; the centroids themselves, fp32.
+        tables, table: from :func:`load_tables`; the centroids themselves, fp32.
         sx01 to zy23: scales and zeros of the unit's channels; c01 to s23: cosines and sines; words of two fp16 numbers.
         SHIFT: 2 for the second unit of a 2 or 3-bit word, else 0.
     """
@@ -247,39 +247,39 @@ def key_words(
         if ROTATED:
             return tl.inline_asm_elementwise(
                 _TURNED_4, _TURNED_4_C,
-                [word, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+                [word, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
                  c01, c23, s01, s23], dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
                 _KEY_4, _KEY_4_C,
-                [word, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
+                [word, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
                 dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
     elif BITS == 3:
         if ROTATED:
             return tl.inline_asm_elementwise(
                 _TURNED_3, _TURNED_3_C,
-                [word >> SHIFT, third >> SHIFT, lo0, lo1, hi0, hi1, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+                [word >> SHIFT, third >> SHIFT, tables[0], tables[1], tables[4], tables[5], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
                  c01, c23, s01, s23], dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
                 _KEY_3, _KEY_3_C,
-                [word >> SHIFT, third >> SHIFT, lo0, lo1, hi0, hi1, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
+                [word >> SHIFT, third >> SHIFT, tables[0], tables[1], tables[4], tables[5], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
                 dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
     else:
         if ROTATED:
             return tl.inline_asm_elementwise(
                 _TURNED_2, _TURNED_2_C,
-                [word >> SHIFT, lo0, hi0, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, c01, c23, s01, s23],
+                [word >> SHIFT, tables[0], tables[4], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, c01, c23, s01, s23],
                 dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
                 _KEY_2, _KEY_2_C,
-                [word >> SHIFT, lo0, hi0, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
+                [word >> SHIFT, tables[0], tables[4], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
                 dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
 
@@ -296,7 +296,7 @@ def _plain_tokens(
 
 @triton.jit
 def value_words(
-    a, b, third_a, third_b, shift, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3, table,
+    a, b, third_a, third_b, shift, tables, table,
     FIELD: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One field of a unit of values of two tokens: its channels 0 to 3, words of (a, b).
@@ -314,17 +314,17 @@ def value_words(
     elif BITS == 4:
         return tl.inline_asm_elementwise(
             _VALUE_4B if FIELD else _VALUE_4, _VALUE_4_C,
-            [a, b, lo0, lo1, lo2, lo3, hi0, hi1, hi2, hi3], dtype=OUT, is_pure=False, pack=1,
+            [a, b, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7]], dtype=OUT, is_pure=False, pack=1,
         )  # fmt: skip
     elif BITS == 3:
         return tl.inline_asm_elementwise(
             _VALUE_3B if FIELD else _VALUE_3, _VALUE_3_C,
-            [a, b, third_a, third_b, shift, lo0, lo1, hi0, hi1], dtype=OUT, is_pure=False, pack=1,
+            [a, b, third_a, third_b, shift, tables[0], tables[1], tables[4], tables[5]], dtype=OUT, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
             _VALUE_2B if FIELD else _VALUE_2, _VALUE_2_C,
-            [a, b, shift, lo0, hi0], dtype=OUT, is_pure=False, pack=1,
+            [a, b, shift, tables[0], tables[4]], dtype=OUT, is_pure=False, pack=1,
         )  # fmt: skip
 
 

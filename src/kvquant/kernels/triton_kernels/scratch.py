@@ -1,0 +1,198 @@
+"""Outliers of a block as a matrix in shared memory: zeros, except where a difference was stored for the tensor core to add.
+
+Triton has no scatter, so the few instructions that store, load and wait are inline assembly, and the scratch is a static
+array beside the memory that Triton manages. It is laid out in the order in which threads load their side of a product,
+16 bytes at a time (fragments.py), so that a load is conflict-free and needs no shuffle. Every entry has a place of its
+own, so that nothing depends on an order, and whoever stored a number stores the zero that removes it: a block costs two
+loads and two stores per 64 outliers and 16 loads of the matrix per thread, whatever its outliers are.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+STATIC_BYTES = 48 * 1024  # what a kernel may declare
+LARGEST = tl.constexpr(32000.0)  # of a difference: fp16 holds the sum of two products with numbers up to a half
+
+
+@triton.constexpr_function
+def scratch_bytes(block_size: int, key_units: int, value_units: int) -> int:
+    """Bytes of the scratch: what 64 threads load of either matrix."""
+    return 1024 * max(key_units * (block_size // 16), value_units * 2 * (block_size // 8))
+
+
+def declaration(head_dim: int, block_size: int, key_units: int) -> str:
+    """Assembly that declares the scratch and gives its address; empty if it does not fit.
+
+    Args:
+        key_units: units (lookup.py) of a row of keys that one lane of four decodes.
+    """
+    size = scratch_bytes(block_size, key_units, 1 if head_dim <= 128 else 2)
+    if size > STATIC_BYTES:
+        return ""
+    return f".shared .align 16 .b8 outlier_scratch[{size}]; mov.u32 $0, outlier_scratch;"
+
+
+@triton.jit
+def ahead(keys, KEY_BYTES: tl.constexpr, values, VALUE_BYTES: tl.constexpr):
+    """Ask for the next block's codes while this one is worked on: they come from memory as far as the L2 cache."""
+    thread = tl.arange(0, 64)
+    LARGER: tl.constexpr = max(KEY_BYTES, VALUE_BYTES)
+    for first in tl.static_range(0, LARGER, 4096):
+        at = first + (thread % 32) * 128
+        key = (keys + tl.minimum(at, KEY_BYTES - 1)).to(tl.int64)
+        value = (values + tl.minimum(at, VALUE_BYTES - 1)).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [tl.where(thread < 32, key, value)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def allocate(DECLARATION: tl.constexpr, BYTES: tl.constexpr):
+    """The scratch's address, all zeros."""
+    scratch = tl.inline_asm_elementwise(DECLARATION, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    thread = tl.arange(0, 64) * 16
+    for first in tl.static_range(0, BYTES, 1024):
+        tl.inline_asm_elementwise(
+            "{ .reg .b32 z; mov.b32 z, 0; st.shared.v4.b32 [$1], {z, z, z, z}; mov.b32 $0, z; }",
+            "=r,r", [scratch + first + thread], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return scratch
+
+
+@triton.jit
+def put(at, number, live):
+    """Store fp16 numbers at these addresses where ``live``."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b16 [$1], $2; mov.b32 $0, 0; }", "=r,r,h,r",
+        [at, number.to(tl.int16, bitcast=True), live.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def fetch(at, N: tl.constexpr):
+    """Four words at each address [64] and at N - 1 further ones, joined as :func:`fragments.stack` does, [64, 2, 2, ...]."""
+    if N == 1:
+        return tl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        a0, a1, a2, a3 = fetch(at, N // 2)
+        b0, b1, b2, b3 = fetch(at + N * 512, N // 2)
+        return tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3)
+
+
+@triton.jit
+def key_place(number, D: tl.constexpr, W: tl.constexpr, CPL: tl.constexpr, NP: tl.constexpr, R: tl.constexpr):
+    """Byte of the scratch that key number slot * D + channel has: unit, row, thread; field x or y, byte of the word."""
+    t = number // D
+    d = number % D
+    x = d % (D // 2)
+    word = (x % W) // 4
+    row = 2 * (t // 32) + (t // 8) % 2
+    thread = ((t // 16) % 2) * 32 + (t % 8) * 4 + word // CPL
+    unit = (word % CPL) * NP + x // W
+    return ((unit * R + row) * 64 + thread) * 16 + (d // (D // 2)) * 8 + (x % 4) * 2
+
+
+@triton.jit
+def value_place(
+    t, d, D: tl.constexpr, W: tl.constexpr, NP: tl.constexpr, UPG: tl.constexpr, S: tl.constexpr
+):
+    """Byte of the scratch that channel ``d`` of token ``t`` has: output tile, pair of tokens, thread; byte, token."""
+    x = d % (D // 2)
+    unit = ((x % W) // 4) * NP + x // W
+    group = unit // UPG
+    thread = (group // 8) * 32 + (group % 8) * 4 + (t // 4) % 4
+    tile = (unit % UPG) * 2 + d // (D // 2)
+    pair = (t // 2) % 2 + 2 * (t // 16)
+    return ((tile * S + pair) * 64 + thread) * 16 + (x % W % 4) * 4 + (t % 2) * 2
+
+
+@triton.jit
+def half_add(x, y):
+    """The sum of words of two fp16 numbers."""
+    return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def key_entry(
+    number, kept, live, floor, inverse_size, scratch, D: tl.constexpr, W: tl.constexpr, CPL: tl.constexpr,
+    NP: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Addresses of key outliers and, in fp16, their differences to what code 0 decodes to, relative to the largest key."""
+    number = number.to(tl.uint16, bitcast=True).to(tl.uint32)
+    delta = kept.to(tl.float32) * inverse_size - tl.load(floor + number % D, mask=live, other=0.0)
+    delta = tl.minimum(tl.maximum(delta, -LARGEST), LARGEST).to(tl.float16)
+    return scratch + key_place(number, D, W, CPL, NP, R).to(tl.int32), delta
+
+
+@triton.jit
+def key_chain(
+    count, head, spill_next, spill_index, spill_value, floor, inverse_size, scratch, D: tl.constexpr, W: tl.constexpr,
+    CPL: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, CLEAR: tl.constexpr,
+):  # fmt: skip
+    """Store the ``count`` outliers that the block's own row had no room for, or zeros in their places."""
+    entry = tl.arange(0, 32)
+    chunk = head.to(tl.int64)
+    for i in range(0, count, 32):
+        live = entry < count - i
+        number = tl.load(spill_index + chunk * 32 + entry)
+        kept = tl.load(spill_value + chunk * 32 + entry)
+        at, delta = key_entry(number, kept, live, floor, inverse_size, scratch, D, W, CPL, NP, R)
+        put(at, tl.zeros_like(delta) if CLEAR else delta, live)
+        if i + 32 < count:
+            chunk = tl.load(spill_next + chunk).to(tl.int64)
+
+
+@triton.jit
+def _value_delta(kept, t, live, zero, scale, stride, v_first, inverse_size):
+    low = tl.load(zero + t * stride, mask=live, other=0.0).to(tl.float32)
+    low += tl.load(scale + t * stride, mask=live, other=0.0).to(tl.float32) * v_first
+    delta = (kept.to(tl.float32) - low) * inverse_size
+    return tl.minimum(tl.maximum(delta, -LARGEST), LARGEST).to(tl.float16)
+
+
+@triton.jit
+def value_entry(
+    number, kept, live, zero, scale, stride, v_first, inverse_size, scratch, D: tl.constexpr, W: tl.constexpr,
+    NP: tl.constexpr, UPG: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Addresses and differences of value outliers of a closed block, which are numbered slot * D + channel.
+
+    ``zero``, ``scale`` of the block's tokens lie ``stride`` apart.
+    """
+    number = number.to(tl.uint16, bitcast=True).to(tl.uint32)
+    t = number // D
+    delta = _value_delta(kept, t, live, zero, scale, stride, v_first, inverse_size)
+    return scratch + value_place(t, number % D, D, W, NP, UPG, S).to(tl.int32), delta
+
+
+@triton.jit
+def value_rest(
+    index, value, first, last, closed, origin, zero, scale, stride, v_first, inverse_size, scratch, D: tl.constexpr,
+    W: tl.constexpr, NP: tl.constexpr, UPG: tl.constexpr, S: tl.constexpr, V_ENTRIES: tl.constexpr,
+    CLEAR: tl.constexpr,
+):  # fmt: skip
+    """Store the entries ``first`` to ``last`` - 1 of a block, or zeros in their places.
+
+    Those of an open block are all heads', V_ENTRIES a token, numbered by channel of the layer, of which this head's
+    begin at ``origin``.
+    """
+    place = tl.arange(0, 64)
+    for begin in range(first, last, 64):
+        e = begin + place
+        number = tl.load(index + e, mask=e < last, other=0).to(tl.int32) & 0xFFFF
+        kept = tl.load(value + e, mask=e < last, other=0.0)
+        t = tl.where(closed, number // D, e // V_ENTRIES)
+        d = tl.where(closed, number % D, number - origin)
+        live = (e < last) & (d >= 0) & (d < D)
+        at = scratch + value_place(t, tl.where(live, d, 0), D, W, NP, UPG, S)
+        if CLEAR:
+            put(at, tl.zeros_like(at).to(tl.float16), live)
+        else:
+            put(at, _value_delta(kept, t, live, zero, scale, stride, v_first, inverse_size), live)
