@@ -166,6 +166,8 @@ def attend_decode(
     out = torch.empty(B, H, splits, GP, D, dtype=fp32, device=device)
     VW = _plane_bytes(D, layer.value_bits)
     sink_tokens = 0 if sinks is None else sinks[0].shape[1]
+    outliers = keys.outlier_index.shape[-1] > 0 or values.outlier_index.shape[-1] > 0
+    matrix = scratch.matrix_bytes(D, block_size, prepared[0].shape[1]) if outliers and not INTERPRET else 0
     decode._decode_kernel[(B * H, splits)](
         *prepared, *((q, q) if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
         keys.codes, keys.outlier_count, keys.outlier_index, keys.outlier_value,
@@ -174,13 +176,13 @@ def attend_decode(
         constants.value_centroids,
         best, total, out,
         float(softcap or 1.0), window or 0, sink_tokens, table.stride(0),
-        H, values.zero.shape[-1], splits,
+        H, values.zero.shape[-1], splits, 1 << 16,
         G=G, GP=GP, D=D, BS=block_size, KB=layer.key_bits, VB=layer.value_bits,
         KW=KW, VW=VW, K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1],
         K_BASE=keys.outlier_index.shape[-1], K_PLACES=max(64, triton.next_power_of_2(keys.outlier_index.shape[-1])),
         V_ENTRIES=values.outlier_index.shape[-1],
         ROTATED=rope is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-        SCRATCH="" if INTERPRET else scratch.declaration(D, block_size, prepared[0].shape[1]),
+        SCRATCH="" if INTERPRET else scratch.declaration(matrix), MATRIX=matrix,
         INTERPRET=INTERPRET, num_warps=decode.WARPS, num_stages=1, maxnreg=_REGISTERS,
     )  # fmt: skip
     if sinks is not None and sink_tokens:

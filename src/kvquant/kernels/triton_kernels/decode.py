@@ -44,12 +44,14 @@ from kvquant.kernels.triton_kernels.outlier_products import key_products, value_
 from kvquant.kernels.triton_kernels.scratch import (
     ahead,
     allocate,
-    fetch,
+    fetch_keys,
+    fetch_tables,
+    fetch_values,
     half_add,
     key_chain,
     key_entry,
+    key_row,
     put,
-    scratch_bytes,
     value_entry,
     value_rest,
 )
@@ -98,11 +100,11 @@ def _decode_kernel(
     # Partial results [B, H, SPLITS, GP (, D)]
     part_best, part_total, part_out,
     softcap, window, sink_tokens, table_stride,
-    H, VG, splits,
+    H, VG, splits, upper,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     KW: tl.constexpr, VW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_BASE: tl.constexpr, K_PLACES: tl.constexpr, V_ENTRIES: tl.constexpr, ROTATED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCRATCH: tl.constexpr, INTERPRET: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCRATCH: tl.constexpr, MATRIX: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = BS // 16  # registers of a thread for the rows of a block
     NG: tl.constexpr = GP // 8
@@ -115,8 +117,8 @@ def _decode_kernel(
     VNP: tl.constexpr = 1 if VB == 4 else 2
     UPG: tl.constexpr = 1 if D <= 128 else 2  # units of a row that one of its sixteen groups of lanes decodes
     S: tl.constexpr = BS // 8
-    K_SCATTER: tl.constexpr = K_BASE > 0 and len(SCRATCH) > 0
-    V_SCATTER: tl.constexpr = V_ENTRIES > 0 and len(SCRATCH) > 0
+    K_SCATTER: tl.constexpr = K_BASE > 0 and MATRIX > 0
+    V_SCATTER: tl.constexpr = V_ENTRIES > 0 and MATRIX > 0
     PLACES: tl.constexpr = 128 if D >= 128 else 64  # outliers of values at once: two of a thread
 
     bh = tl.program_id(0)
@@ -160,10 +162,9 @@ def _decode_kernel(
     value_tables = load_tables(value_centroids, VB)
     v_first = tl.load(value_centroids)
     value_group = h * VG // H
-    scratch = tl.zeros((), tl.int32)
-    if K_SCATTER or V_SCATTER:
-        scratch = allocate(SCRATCH, scratch_bytes(BS, UNITS, UPG))
-        tl.debug_barrier()
+    if not INTERPRET:
+        tables = allocate(SCRATCH, MATRIX, key_tables, value_tables)
+        scratch = tables + 128
 
     best = tl.full((GP,), -float("inf"), tl.float32)
     total = tl.zeros((2, 8, GP), tl.float32)  # over the rows of a thread in the loop, over the threads after it
@@ -174,15 +175,15 @@ def _decode_kernel(
     acc2 = acc0
     acc3 = acc0
     table_row = block_table + b * table_stride
+    # A block's number is read two blocks ahead and its keys' outliers one, because what follows waits for them.
     block = tl.load(table_row + begin, mask=begin < end, other=0).to(tl.int64)
+    coming = tl.load(table_row + tl.minimum(begin + 1, end - 1), mask=begin < end, other=0).to(tl.int64)
+    if K_SCATTER:
+        k_number, k_kept, k_count = key_row(key_index, key_value, key_count, block * H + h, k_entry, K_BASE)
 
     for column in range(begin, end):
-        coming = tl.load(table_row + tl.minimum(column + 1, end - 1)).to(tl.int64)
+        after = tl.load(table_row + tl.minimum(column + 2, end - 1)).to(tl.int64)
         at = block * H + h
-        if K_SCATTER:
-            k_number = tl.load(key_index + at * K_BASE + k_entry, mask=k_entry < K_BASE, other=0)
-            k_kept = tl.load(key_value + at * K_BASE + k_entry, mask=k_entry < K_BASE, other=0.0)
-            k_count = tl.load(key_count + at)
         codes, third = load_words(
             key_codes + at * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS, not key_inside, KB, 8, 32, R
         )  # fmt: skip
@@ -202,6 +203,11 @@ def _decode_kernel(
             next_head = coming * H + h
             ahead(key_codes + next_head * (BS * K_ROW), BS * K_ROW, value_codes + next_head * (BS * V_ROW), BS * V_ROW)
 
+        if K_SCATTER:
+            next_number, next_kept, next_count = key_row(
+                key_index, key_value, key_count, coming * H + h, k_entry, K_BASE
+            )
+
         # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
         if K_SCATTER:
             k_live = k_entry < tl.minimum(k_count, K_BASE)
@@ -213,6 +219,7 @@ def _decode_kernel(
                     inverse_size, scratch, D, KW, CPL, KNP, R, False,
                 )  # fmt: skip
             tl.debug_barrier()
+        k_tables = key_tables if INTERPRET else fetch_tables(tables)
         scores = tl.zeros((BS, GP), tl.float32)
         for c in tl.static_range(CPL):
             word = column_of(codes, c, CPLP, R, 64)
@@ -223,7 +230,7 @@ def _decode_kernel(
                 sx01, sx23, zx01, zx23 = four_columns(tl.load(own), 1, 64)
                 sy01, sy23, zy01, zy23 = four_columns(tl.load(own + 4), 1, 64)
                 if K_SCATTER:
-                    dx01, dx23, dy01, dy23 = fetch(scratch + n * (R * 1024) + thread * 16, R)
+                    dx01, dx23, dy01, dy23 = fetch_keys(scratch + n * (R * 1024) + thread * 16, R)
                     zx01 = half_add(zx01, tl.reshape(dx01, (64, R)))
                     zx23 = half_add(zx23, tl.reshape(dx23, (64, R)))
                     zy01 = half_add(zy01, tl.reshape(dy01, (64, R)))
@@ -243,14 +250,11 @@ def _decode_kernel(
                 else:
                     c01, c23, s01, s23 = word, word, word, word
                 k01, k23, l01, l23 = key_words(
-                    word, bits3, key_tables, key_centroids, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+                    word, bits3, k_tables, key_centroids, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
                     c01, c23, s01, s23, 2 * half, KB, ROTATED, INTERPRET,
                 )  # fmt: skip
                 scores = tl.dot(key_side(k01, k23, R), query_side(x01, x23, NG), scores)
                 scores = tl.dot(key_side(l01, l23, R), query_side(y01, y23, NG), scores)
-        v_codes = value_codes + at * (BS * V_ROW)
-        a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
-        b0, tb0 = load_words(v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
         if V_SCATTER:
             v_entry = (v_begin // 2) * 2 + place
             v_number = tl.load(value_index + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0)
@@ -310,11 +314,15 @@ def _decode_kernel(
                     value_index + entries, value_value + entries, v_rest, v_end, closed, h * D, value_zero + ranges,
                     value_scale + ranges, VG, v_first, block_inverse, scratch, D, VW, VNP, UPG, S, V_ENTRIES, False,
                 )  # fmt: skip
+        v_codes = value_codes + at * (BS * V_ROW)
+        a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
+        b0, tb0 = load_words(v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
         a0, b0, ta0, tb0 = flat(a0, S), flat(b0, S), flat(ta0, S), flat(tb0, S)
+        v_tables = value_tables if INTERPRET else fetch_tables(tables + 64)
         shift0 = ((group_unit % VNP) * 2)[:, None]
-        w0, w1, w2, w3 = value_words(a0, b0, ta0, tb0, shift0, value_tables, value_centroids, 0, VB, INTERPRET)
+        w0, w1, w2, w3 = value_words(a0, b0, ta0, tb0, shift0, v_tables, value_centroids, upper, 0, VB, INTERPRET)
         acc0 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc0 * fade)
-        w0, w1, w2, w3 = value_words(a0, b0, ta0, tb0, shift0, value_tables, value_centroids, 1, VB, INTERPRET)
+        w0, w1, w2, w3 = value_words(a0, b0, ta0, tb0, shift0, v_tables, value_centroids, upper, 1, VB, INTERPRET)
         acc1 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc1 * fade)
         if UPG == 2:
             unit1 = group_unit + 1
@@ -322,20 +330,20 @@ def _decode_kernel(
             b1, tb1 = load_words(v_codes, r * 4 + 1, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S)
             a1, b1, ta1, tb1 = flat(a1, S), flat(b1, S), flat(ta1, S), flat(tb1, S)
             shift1 = ((unit1 % VNP) * 2)[:, None]
-            w0, w1, w2, w3 = value_words(a1, b1, ta1, tb1, shift1, value_tables, value_centroids, 0, VB, INTERPRET)
+            w0, w1, w2, w3 = value_words(a1, b1, ta1, tb1, shift1, v_tables, value_centroids, upper, 0, VB, INTERPRET)
             acc2 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc2 * fade)
-            w0, w1, w2, w3 = value_words(a1, b1, ta1, tb1, shift1, value_tables, value_centroids, 1, VB, INTERPRET)
+            w0, w1, w2, w3 = value_words(a1, b1, ta1, tb1, shift1, v_tables, value_centroids, upper, 1, VB, INTERPRET)
             acc3 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc3 * fade)
         if V_SCATTER:
             tl.debug_barrier()
-            w0, w1, w2, w3 = fetch(scratch + thread * 16, S)
+            w0, w1, w2, w3 = fetch_values(scratch + thread * 16, S)
             acc0 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc0)
-            w0, w1, w2, w3 = fetch(scratch + S * 1024 + thread * 16, S)
+            w0, w1, w2, w3 = fetch_values(scratch + S * 1024 + thread * 16, S)
             acc1 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc1)
             if UPG == 2:
-                w0, w1, w2, w3 = fetch(scratch + 2 * S * 1024 + thread * 16, S)
+                w0, w1, w2, w3 = fetch_values(scratch + 2 * S * 1024 + thread * 16, S)
                 acc2 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc2)
-                w0, w1, w2, w3 = fetch(scratch + 3 * S * 1024 + thread * 16, S)
+                w0, w1, w2, w3 = fetch_values(scratch + 3 * S * 1024 + thread * 16, S)
                 acc3 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc3)
             tl.debug_barrier()
             put(v_place, tl.zeros_like(v_delta), v_live)
@@ -352,6 +360,11 @@ def _decode_kernel(
                 D, VW, VNP, UPG, BS, V_ENTRIES, INTERPRET,
             )  # fmt: skip
         block = coming
+        coming = after
+        if K_SCATTER:
+            k_number = next_number
+            k_kept = next_kept
+            k_count = next_count
 
     at_part = (bh * splits + split) * GP + g
     tl.store(part_best + at_part, best)

@@ -38,9 +38,8 @@ def _look_up(bits: int, table: list[str]) -> list[str]:
     lo, hi = table[: len(table) // 2], table[len(table) // 2 :]
     if bits == 4:
         return [
-            "prmt.b32 k, z, 0xFF, m;",
-            f"prmt.b32 a, {lo[0]}, {lo[1]}, s; prmt.b32 b, {lo[2]}, {lo[3]}, s; lop3.b32 l, a, b, k, 0xD8;",
-            f"prmt.b32 a, {hi[0]}, {hi[1]}, s; prmt.b32 b, {hi[2]}, {hi[3]}, s; lop3.b32 h, a, b, k, 0xD8;",
+            f"prmt.b32 a, {lo[0]}, {lo[1]}, s; prmt.b32 b, {lo[2]}, {lo[3]}, s; prmt.b32 l, a, b, m;",
+            f"prmt.b32 a, {hi[0]}, {hi[1]}, s; prmt.b32 b, {hi[2]}, {hi[3]}, s; prmt.b32 h, a, b, m;",
         ]
     second_lo, second_hi = (lo[1], hi[1]) if bits == 3 else ("z", "z")
     return [f"prmt.b32 l, {lo[0]}, {second_lo}, s; prmt.b32 h, {hi[0]}, {second_hi}, s;"]
@@ -49,18 +48,24 @@ def _look_up(bits: int, table: list[str]) -> list[str]:
 def _select(bits: int, word: str, third: str) -> list[str]:
     """Selectors ``s`` (and ``m``) from the nibbles of ``word`` and, for 3 bits, of ``third``."""
     if bits == 4:
-        return [f"and.b32 s, {word}, 0x77777777; shr.u32 m, {word}, 1; and.b32 m, m, 0x44444444;"]
+        # Byte i of the first or, plus four, of the second table's four bytes.
+        return [
+            f"and.b32 s, {word}, 0x77777777; shr.u32 m, {word}, 1; mov.b32 k, 0x32103210;",
+            "lop3.b32 m, m, 0x44444444, k, 0xEA;",
+        ]
     lines = [f"and.b32 s, {word}, 0x33333333;"]
     if bits == 3:
         lines.append(f"shl.b32 m, {third}, 2; lop3.b32 s, m, 0x44444444, s, 0xEA;")  # (m & mask) | s
     return lines
 
 
-def _next_half(bits: int) -> str:
-    return "shr.u32 s, s, 16;" + (" shr.u32 m, m, 16;" if bits == 4 else "")
+def _next_half(bits: int, shift: str) -> str:
+    """Selectors of the upper half: a shift as a product, because the pipe that shifts is the busier one."""
+    lines = f"mul.wide.u32 q, s, {shift}; mov.b64 {{t, s}}, q;"
+    return lines + (f" mul.wide.u32 q, m, {shift}; mov.b64 {{t, m}}, q;" if bits == 4 else "")
 
 
-_REGISTERS = "{ .reg .b32 s, m, k, a, b, l, h, z, t, w, u, x0, x1, y0, y1; mov.b32 z, 0;"
+_REGISTERS = "{ .reg .b64 q; .reg .b32 s, m, k, a, b, l, h, z, t, w, u, x0, x1, y0, y1; mov.b32 z, 0;"
 
 
 def _key_assembly(bits: int, rotated: bool) -> tuple[str, str]:
@@ -68,7 +73,7 @@ def _key_assembly(bits: int, rotated: bool) -> tuple[str, str]:
     operands = _Operands()
     out = operands.take(4)
     word, third = operands.take(1)[0], operands.take(1)[0] if bits == 3 else ""
-    table = operands.take(_TABLES[bits])
+    table, upper = operands.take(_TABLES[bits]), operands.take(1)[0]
     scale_x, zero_x, scale_y, zero_y = (operands.take(2) for _ in range(4))
     cos, sin = (operands.take(2), operands.take(2)) if rotated else ([], [])
     raw = ["x0", "x1", "y0", "y1"]
@@ -77,7 +82,7 @@ def _key_assembly(bits: int, rotated: bool) -> tuple[str, str]:
         lines += _look_up(bits, table)
         lines.append(f"prmt.b32 {raw[half]}, l, h, 0x6240; prmt.b32 {raw[2 + half]}, l, h, 0x7351;")
         if half == 0:
-            lines.append(_next_half(bits))
+            lines.append(_next_half(bits, upper))
     for half in range(2):
         x, y = raw[half], raw[2 + half]
         into = (x, y) if rotated else (out[half], out[2 + half])
@@ -104,7 +109,7 @@ def _value_assembly(bits: int, field: int) -> tuple[str, str]:
     words = operands.take(2)
     thirds = operands.take(2) if bits == 3 else []
     shift = operands.take(1)[0] if bits < 4 else ""
-    table = operands.take(_TABLES[bits])
+    table, upper = operands.take(_TABLES[bits]), operands.take(1)[0]
     move = "shr.u32 t, {0}, 4; lop3.b32 {2}, t, {1}" if field else "shl.b32 t, {1}, 4; lop3.b32 {2}, {0}, t"
     nibbles = move + ", 0x0F0F0F0F, 0xE4;"  # mask ? first : second
     lines = [_REGISTERS, nibbles.format(*words, "w")]
@@ -117,7 +122,7 @@ def _value_assembly(bits: int, field: int) -> tuple[str, str]:
         lines += _look_up(bits, table)
         lines.append(f"prmt.b32 {out[2 * half]}, l, h, 0x5140; prmt.b32 {out[2 * half + 1]}, l, h, 0x7362;")
         if half == 0:
-            lines.append(_next_half(bits))
+            lines.append(_next_half(bits, upper))
     return "\n".join([*lines, "}"]), ",".join(["=&r"] * 4 + ["r"] * (operands.count - 4))
 
 
@@ -222,7 +227,7 @@ def _plain_key_pair(
 
 @triton.jit
 def key_words(
-    word, third, tables, table,
+    word, third, tables, table, upper,
     sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, c01, c23, s01, s23,
     SHIFT: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -231,6 +236,7 @@ def key_words(
     Args:
         word, third: codes and, for 3 bits, third bits, int32 of any shape; ``third`` is not yet shifted by SHIFT.
         tables, table: from :func:`load_tables`; the centroids themselves, fp32.
+        upper: 65536, not known to the compiler, which would make shifts of the products with it.
         sx01 to zy23: scales and zeros of the unit's channels; c01 to s23: cosines and sines; words of two fp16 numbers.
         SHIFT: 2 for the second unit of a 2 or 3-bit word, else 0.
     """
@@ -247,39 +253,39 @@ def key_words(
         if ROTATED:
             return tl.inline_asm_elementwise(
                 _TURNED_4, _TURNED_4_C,
-                [word, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+                [word, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
                  c01, c23, s01, s23], dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
                 _KEY_4, _KEY_4_C,
-                [word, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
+                [word, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
                 dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
     elif BITS == 3:
         if ROTATED:
             return tl.inline_asm_elementwise(
                 _TURNED_3, _TURNED_3_C,
-                [word >> SHIFT, third >> SHIFT, tables[0], tables[1], tables[4], tables[5], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+                [word >> SHIFT, third >> SHIFT, tables[0], tables[1], tables[4], tables[5], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
                  c01, c23, s01, s23], dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
                 _KEY_3, _KEY_3_C,
-                [word >> SHIFT, third >> SHIFT, tables[0], tables[1], tables[4], tables[5], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
+                [word >> SHIFT, third >> SHIFT, tables[0], tables[1], tables[4], tables[5], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
                 dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
     else:
         if ROTATED:
             return tl.inline_asm_elementwise(
                 _TURNED_2, _TURNED_2_C,
-                [word >> SHIFT, tables[0], tables[4], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, c01, c23, s01, s23],
+                [word >> SHIFT, tables[0], tables[4], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, c01, c23, s01, s23],
                 dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
                 _KEY_2, _KEY_2_C,
-                [word >> SHIFT, tables[0], tables[4], sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
+                [word >> SHIFT, tables[0], tables[4], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
                 dtype=OUT, is_pure=False, pack=1,
             )  # fmt: skip
 
@@ -296,7 +302,7 @@ def _plain_tokens(
 
 @triton.jit
 def value_words(
-    a, b, third_a, third_b, shift, tables, table,
+    a, b, third_a, third_b, shift, tables, table, upper,
     FIELD: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One field of a unit of values of two tokens: its channels 0 to 3, words of (a, b).
@@ -314,17 +320,17 @@ def value_words(
     elif BITS == 4:
         return tl.inline_asm_elementwise(
             _VALUE_4B if FIELD else _VALUE_4, _VALUE_4_C,
-            [a, b, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7]], dtype=OUT, is_pure=False, pack=1,
+            [a, b, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7], upper], dtype=OUT, is_pure=False, pack=1,
         )  # fmt: skip
     elif BITS == 3:
         return tl.inline_asm_elementwise(
             _VALUE_3B if FIELD else _VALUE_3, _VALUE_3_C,
-            [a, b, third_a, third_b, shift, tables[0], tables[1], tables[4], tables[5]], dtype=OUT, is_pure=False, pack=1,
+            [a, b, third_a, third_b, shift, tables[0], tables[1], tables[4], tables[5], upper], dtype=OUT, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
             _VALUE_2B if FIELD else _VALUE_2, _VALUE_2_C,
-            [a, b, shift, tables[0], tables[4]], dtype=OUT, is_pure=False, pack=1,
+            [a, b, shift, tables[0], tables[4], upper], dtype=OUT, is_pure=False, pack=1,
         )  # fmt: skip
 
 

@@ -14,25 +14,24 @@ import triton
 import triton.language as tl
 
 STATIC_BYTES = 48 * 1024  # what a kernel may declare
+TABLES = 128  # bytes of two look-up tables, two copies of each
 LARGEST = tl.constexpr(32000.0)  # of a difference: fp16 holds the sum of two products with numbers up to a half
 
 
-@triton.constexpr_function
-def scratch_bytes(block_size: int, key_units: int, value_units: int) -> int:
-    """Bytes of the scratch: what 64 threads load of either matrix."""
-    return 1024 * max(key_units * (block_size // 16), value_units * 2 * (block_size // 8))
-
-
-def declaration(head_dim: int, block_size: int, key_units: int) -> str:
-    """Assembly that declares the scratch and gives its address; empty if it does not fit.
+def matrix_bytes(head_dim: int, block_size: int, key_units: int) -> int:
+    """Bytes of the matrix, which keys and values take turns with; 0 if a kernel may not declare as many.
 
     Args:
         key_units: units (lookup.py) of a row of keys that one lane of four decodes.
     """
-    size = scratch_bytes(block_size, key_units, 1 if head_dim <= 128 else 2)
-    if size > STATIC_BYTES:
-        return ""
-    return f".shared .align 16 .b8 outlier_scratch[{size}]; mov.u32 $0, outlier_scratch;"
+    values = (1 if head_dim <= 128 else 2) * 2 * (block_size // 8)
+    size = 1024 * max(key_units * (block_size // 16), values)
+    return size if size + TABLES <= STATIC_BYTES else 0
+
+
+def declaration(matrix: int) -> str:
+    """Assembly that declares room for both look-up tables and a matrix of as many bytes, and gives its address."""
+    return f".shared .align 16 .b8 scratch[{TABLES + matrix}]; mov.u32 $0, scratch;"
 
 
 @triton.jit
@@ -51,16 +50,40 @@ def ahead(keys, KEY_BYTES: tl.constexpr, values, VALUE_BYTES: tl.constexpr):
 
 
 @triton.jit
-def allocate(DECLARATION: tl.constexpr, BYTES: tl.constexpr):
-    """The scratch's address, all zeros."""
+def allocate(DECLARATION: tl.constexpr, BYTES: tl.constexpr, k, v):
+    """The scratch's address: tables of keys ``k`` and of values ``v``, and a matrix of zeros after them."""
     scratch = tl.inline_asm_elementwise(DECLARATION, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     thread = tl.arange(0, 64) * 16
     for first in tl.static_range(0, BYTES, 1024):
-        tl.inline_asm_elementwise(
-            "{ .reg .b32 z; mov.b32 z, 0; st.shared.v4.b32 [$1], {z, z, z, z}; mov.b32 $0, z; }",
-            "=r,r", [scratch + first + thread], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        _store_words(scratch + 128 + first + thread, 0, 0, 0, 0)
+    copy = scratch + thread % 32  # of 16 bytes
+    _store_words(copy, k[0], k[1], k[2], k[3])
+    _store_words(copy + 32, k[4], k[5], k[6], k[7])
+    _store_words(copy + 64, v[0], v[1], v[2], v[3])
+    _store_words(copy + 96, v[4], v[5], v[6], v[7])
+    tl.debug_barrier()
     return scratch
+
+
+@triton.jit
+def _store_words(at, a, b, c, d):
+    tl.inline_asm_elementwise(
+        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,r,r,r,r,r", [at, a, b, c, d],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def fetch_tables(at):
+    """Eight words of a look-up table, [64, 1] each.
+
+    Read anew for every block, or both sides' would be held all the time; and from one of two copies, or the compiler
+    sees that they are the same for all threads and keeps them where byte permutes cannot read them.
+    """
+    at += (tl.arange(0, 64) % 2) * 16
+    a, b, c, d = _four_words(at[:, None])
+    e, f, g, h = _four_words(at[:, None] + 32)
+    return a, b, c, d, e, f, g, h
 
 
 @triton.jit
@@ -73,17 +96,45 @@ def put(at, number, live):
 
 
 @triton.jit
-def fetch(at, N: tl.constexpr):
-    """Four words at each address [64] and at N - 1 further ones, joined as :func:`fragments.stack` does, [64, 2, 2, ...]."""
+def _four_words(at):
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def fetch_keys(at, N: tl.constexpr):
+    """Differences of a unit of keys at this address and of N - 1 further rows, joined as :func:`fragments.stack` does."""
     if N == 1:
-        return tl.inline_asm_elementwise(
-            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
+        return _four_words(at)
     else:
-        a0, a1, a2, a3 = fetch(at, N // 2)
-        b0, b1, b2, b3 = fetch(at + N * 512, N // 2)
+        a0, a1, a2, a3 = fetch_keys(at, N // 2)
+        b0, b1, b2, b3 = fetch_keys(at + N * 512, N // 2)
         return tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3)
+
+
+@triton.jit
+def fetch_values(at, N: tl.constexpr):
+    """Differences of channels 0 to 3 of N pairs of tokens, [64, 2, 2, ...], joined as :func:`fragments.stack` does.
+
+    Four words, two channels of tokens sixteen apart, are one operand of the tensor core as they come.
+    """
+    if N == 4:
+        a0, a1, b0, b1 = _four_words(at)
+        a2, a3, b2, b3 = _four_words(at + 1024)
+        c0, c1, d0, d1 = _four_words(at + 2048)
+        c2, c3, d2, d3 = _four_words(at + 3072)
+        return _square(a0, b0, c0, d0), _square(a1, b1, c1, d1), _square(a2, b2, c2, d2), _square(a3, b3, c3, d3)
+    else:
+        a0, a1, a2, a3 = fetch_values(at, N // 2)
+        b0, b1, b2, b3 = fetch_values(at + N * 512, N // 2)
+        return tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3)
+
+
+@triton.jit
+def _square(a, b, c, d):
+    return tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 2, 1))
 
 
 @triton.jit
@@ -103,20 +154,29 @@ def key_place(number, D: tl.constexpr, W: tl.constexpr, CPL: tl.constexpr, NP: t
 def value_place(
     t, d, D: tl.constexpr, W: tl.constexpr, NP: tl.constexpr, UPG: tl.constexpr, S: tl.constexpr
 ):
-    """Byte of the scratch that channel ``d`` of token ``t`` has: output tile, pair of tokens, thread; byte, token."""
+    """Byte of the scratch that channel ``d`` of token ``t`` has: output tile, tokens, half of the channels, thread."""
     x = d % (D // 2)
     unit = ((x % W) // 4) * NP + x // W
     group = unit // UPG
     thread = (group // 8) * 32 + (group % 8) * 4 + (t // 4) % 4
     tile = (unit % UPG) * 2 + d // (D // 2)
-    pair = (t // 2) % 2 + 2 * (t // 16)
-    return ((tile * S + pair) * 64 + thread) * 16 + (x % W % 4) * 4 + (t % 2) * 2
+    channel = x % W % 4
+    row = 4 * (t // 32) + 2 * ((t // 2) % 2) + channel // 2
+    return ((tile * S + row) * 64 + thread) * 16 + ((t // 16) % 2) * 8 + (channel % 2) * 4 + (t % 2) * 2
 
 
 @triton.jit
 def half_add(x, y):
     """The sum of words of two fp16 numbers."""
     return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def key_row(key_index, key_value, key_count, at, entry, K_BASE: tl.constexpr):
+    """Entries of the own row of a block and head, and how many outliers it has, those in its chain included."""
+    number = tl.load(key_index + at * K_BASE + entry, mask=entry < K_BASE, other=0)
+    kept = tl.load(key_value + at * K_BASE + entry, mask=entry < K_BASE, other=0.0)
+    return number, kept, tl.load(key_count + at)
 
 
 @triton.jit
