@@ -169,7 +169,7 @@ def attend_decode(
     outliers = keys.outlier_index.shape[-1] > 0 or values.outlier_index.shape[-1] > 0
     matrix = scratch.matrix_bytes(D, block_size, prepared[0].shape[1]) if outliers and not INTERPRET else 0
     decode._decode_kernel[(B * H, splits)](
-        *prepared, *((q, q) if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
+        *prepared, *((constants.key_zero,) * 2 if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
         keys.codes, keys.outlier_count, keys.outlier_index, keys.outlier_value,
         keys.spill_head, keys.spill_next, keys.spill_index, keys.spill_value, constants.key_centroids,
         values.codes, values.zero, values.scale, values.outlier_index, values.outlier_value, values.outlier_end,
@@ -228,7 +228,7 @@ def _prepare(
     BH, wide, half = B * H, torch.float32, torch.float16
     words_per_lane, halves = -(-plane_bytes // 16), 1 if bits == 4 else 2
     units = words_per_lane * halves
-    rows, bases = (0, 0) if rope is None else (block_size, columns)
+    rows, bases = (0, 0) if rope is None else (32, columns * block_size // 32)
 
     def empty(*shape: int, dtype: torch.dtype = half) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=query.device)
@@ -239,15 +239,15 @@ def _prepare(
         empty(BH, units, 4, 16),
         empty(BH, D, dtype=wide),
         empty(BH, 2, dtype=wide),
-        empty(max(rows, 1), units, 4, 8),
+        empty(units, 2, 64, 8),
         empty(max(bases, 1), units, 4, 8),
         empty(max(bases, 1), D, dtype=wide),
     )
-    tables = (query,) * 4 if rope is None else tuple(rope)
+    tables = (constants.key_zero,) * 4 if rope is None else tuple(rope)
     prepare._prepare_kernel[(BH + rows + bases,)](
         query, constants.key_zero, constants.key_scale, constants.key_centroids, *tables, *prepared,
-        BH, H, blocks_per_tile, float(factor),
-        G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), BS=block_size, W=plane_bytes,
+        BH, H, blocks_per_tile * block_size // 32, float(factor),
+        G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), W=plane_bytes,
         CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), num_warps=4,
     )  # fmt: skip
     return prepared

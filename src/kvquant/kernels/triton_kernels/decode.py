@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from kvquant.kernels.triton_kernels.fragments import (
+    all_rows,
     channel_of_row,
     column_of,
     flat,
@@ -32,6 +33,7 @@ from kvquant.kernels.triton_kernels.fragments import (
     key_side,
     load_words,
     query_side,
+    row_pairs,
     rows_of,
     score_side,
     stack,
@@ -89,6 +91,38 @@ def _any_row(x, BS: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
+def _unit_scores(
+    scores, word, third, tables, centroids, upper, x_affine, y_affine, x, y, turn, base, differences,
+    SHIFT: tl.constexpr, NG: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, SCATTER: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Scores of 32 tokens [32, GP] with one unit of their keys more: eight channels of each of four lanes.
+
+    Keys are rotated by their place among the 32, the query is turned back by the angle ``base`` of the first.
+    """
+    sx01, sx23, zx01, zx23 = x_affine
+    sy01, sy23, zy01, zy23 = y_affine
+    if SCATTER:
+        dx01, dx23, dy01, dy23 = fetch_keys(differences, 2)
+        zx01 = half_add(zx01, dx01)
+        zx23 = half_add(zx23, dx23)
+        zy01 = half_add(zy01, dy01)
+        zy23 = half_add(zy23, dy23)
+    x01, x23 = x
+    y01, y23 = y
+    if ROTATED:
+        cos01, cos23 = two_words(tl.load(base)[:, None])
+        sin01, sin23 = two_words(tl.load(base + 4)[:, None])
+        x01, x23, y01, y23 = turned_back(x01, x23, y01, y23, cos01, cos23, sin01, sin23, INTERPRET)
+    k01, k23, l01, l23 = key_words(
+        word, third, tables, centroids, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+        turn[0], turn[1], turn[2], turn[3], SHIFT, BITS, ROTATED, INTERPRET,
+    )  # fmt: skip
+    scores = tl.dot(key_side(k01, k23), query_side(x01, x23, NG), scores)
+    return tl.dot(key_side(l01, l23), query_side(y01, y23, NG), scores)
+
+
+@triton.jit
 def _decode_kernel(
     # Prepared for this call
     q_words, q_half, affine, floor, unit, angles, bases, wide_bases,
@@ -107,6 +141,7 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCRATCH: tl.constexpr, MATRIX: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = BS // 16  # registers of a thread for the rows of a block
+    J: tl.constexpr = BS // 32  # keys are rotated by their place among 32 tokens, the query by these
     NG: tl.constexpr = GP // 8
     K_WORDS: tl.constexpr = (KW + 3) // 4
     CPL: tl.constexpr = (K_WORDS + 3) // 4  # words of a row that one of its four lanes decodes
@@ -162,9 +197,10 @@ def _decode_kernel(
     value_tables = load_tables(value_centroids, VB)
     v_first = tl.load(value_centroids)
     value_group = h * VG // H
+    tables = tl.zeros((), tl.int32)
     if not INTERPRET:
         tables = allocate(SCRATCH, MATRIX, key_tables, value_tables)
-        scratch = tables + 128
+    scratch = tables + 128
 
     best = tl.full((GP,), -float("inf"), tl.float32)
     total = tl.zeros((2, 8, GP), tl.float32)  # over the rows of a thread in the loop, over the threads after it
@@ -220,41 +256,46 @@ def _decode_kernel(
                 )  # fmt: skip
             tl.debug_barrier()
         k_tables = key_tables if INTERPRET else fetch_tables(tables)
-        scores = tl.zeros((BS, GP), tl.float32)
+        s0 = tl.zeros((32, GP), tl.float32)
+        s1 = s0
+        s2 = s0
+        s3 = s0
         for c in tl.static_range(CPL):
-            word = column_of(codes, c, CPLP, R, 64)
-            bits3 = column_of(third, c, CPLP, R, 64)
+            words = row_pairs(column_of(codes, c, CPLP, R, 64), J)
+            thirds = row_pairs(column_of(third, c, CPLP, R, 64), J)
             for half in tl.static_range(KNP):
                 n = c * KNP + half
                 own = affine + ((n * 4 + r) * 8)[:, None] + four
-                sx01, sx23, zx01, zx23 = four_columns(tl.load(own), 1, 64)
-                sy01, sy23, zy01, zy23 = four_columns(tl.load(own + 4), 1, 64)
-                if K_SCATTER:
-                    dx01, dx23, dy01, dy23 = fetch_keys(scratch + n * (R * 1024) + thread * 16, R)
-                    zx01 = half_add(zx01, tl.reshape(dx01, (64, R)))
-                    zx23 = half_add(zx23, tl.reshape(dx23, (64, R)))
-                    zy01 = half_add(zy01, tl.reshape(dy01, (64, R)))
-                    zy23 = half_add(zy23, tl.reshape(dy23, (64, R)))
-                q = q_words + ((n * GP + lane // 4) * 4 + lane % 4) * 2
-                x01, x23 = two_words(tl.reshape(stack(q, True, 64, 128, NG, False), (32, NG)))
-                y01, y23 = two_words(tl.reshape(stack(q + 1, True, 64, 128, NG, False), (32, NG)))
+                x_affine = four_columns(tl.load(own), 1, 64)
+                y_affine = four_columns(tl.load(own + 4), 1, 64)
+                q = q_words + (n * 2 * GP + lane // 4) * 4 + lane % 4
+                x = two_words(tl.reshape(stack(q, True, 32, 64, NG, False), (32, NG)))
+                y = two_words(tl.reshape(stack(q + 4 * GP, True, 32, 64, NG, False), (32, NG)))
+                turn = words[0], words[0], words[0], words[0]
                 if ROTATED:
-                    t = angle_words + ((first_row * UNITS * 4 + r) * 4 + n * 16)[:, None] + four
-                    c01, c23, s01, s23 = four_columns(
-                        stack(t, True, UNITS * 128, UNITS * 512, R, False), R, 64
-                    )
-                    o = base_words + ((column * UNITS + n) * 4 + lane % 4) * 2
-                    bc01, bc23 = two_words(tl.load(o)[:, None])
-                    bs01, bs23 = two_words(tl.load(o + 1)[:, None])
-                    x01, x23, y01, y23 = turned_back(x01, x23, y01, y23, bc01, bc23, bs01, bs23, INTERPRET)
-                else:
-                    c01, c23, s01, s23 = word, word, word, word
-                k01, k23, l01, l23 = key_words(
-                    word, bits3, k_tables, key_centroids, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
-                    c01, c23, s01, s23, 2 * half, KB, ROTATED, INTERPRET,
+                    t = angle_words + (n * 512 + thread * 4)[:, None] + four
+                    turn = four_columns(stack(t, True, 256, 512, 2, False), 2, 64)
+                base = base_words + (column * (J * UNITS) + n) * 8 + lane % 4
+                place_n = scratch + (n * R) * 1024 + thread * 16
+                s0 = _unit_scores(
+                    s0, words[0], thirds[0], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn, base, place_n,
+                    2 * half, NG, KB, ROTATED, K_SCATTER, INTERPRET,
                 )  # fmt: skip
-                scores = tl.dot(key_side(k01, k23, R), query_side(x01, x23, NG), scores)
-                scores = tl.dot(key_side(l01, l23, R), query_side(y01, y23, NG), scores)
+                if J > 1:
+                    s1 = _unit_scores(
+                        s1, words[1], thirds[1], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn,
+                        base + UNITS * 8, place_n + 2048, 2 * half, NG, KB, ROTATED, K_SCATTER, INTERPRET,
+                    )  # fmt: skip
+                if J > 2:
+                    s2 = _unit_scores(
+                        s2, words[2], thirds[2], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn,
+                        base + 2 * UNITS * 8, place_n + 4096, 2 * half, NG, KB, ROTATED, K_SCATTER, INTERPRET,
+                    )  # fmt: skip
+                    s3 = _unit_scores(
+                        s3, words[3], thirds[3], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn,
+                        base + 3 * UNITS * 8, place_n + 6144, 2 * half, NG, KB, ROTATED, K_SCATTER, INTERPRET,
+                    )  # fmt: skip
+        scores = all_rows(s0, s1, s2, s3, J, GP)
         if V_SCATTER:
             v_entry = (v_begin // 2) * 2 + place
             v_number = tl.load(value_index + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0)
@@ -270,7 +311,7 @@ def _decode_kernel(
         elif K_BASE > 0:
             scores = key_products(
                 scores, key_count, key_index, key_value, spill_head, spill_next, spill_index, spill_value, at, q_half,
-                floor, inverse_size, offset_cos, offset_sin, wide_bases + column * D, GP, D, K_BASE, ROTATED, R,
+                floor, inverse_size, offset_cos, offset_sin, wide_bases + column * (J * D), GP, D, K_BASE, ROTATED, R,
                 INTERPRET,
             )  # fmt: skip
         scores = scores * score_unit  # times log2(e), unless a cap comes first

@@ -27,7 +27,7 @@ def _prepare_kernel(
     # [BS, units, 4 r, (cos, sin) * 4 k], [M, units, 4 r, (cos, sin) * 4 k], fp32 [M, (cos, sin), D/2]
     q_words, q_half, affine, floor, unit, angles, bases, wide_bases,
     heads, H, bpt, factor,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr,
     CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Programs below ``heads`` serve a (sequence, KV head), the next BS a row of the in-block table, the rest a block.
@@ -81,22 +81,21 @@ def _prepare_kernel(
                 other=0.0,
             ).to(tl.float32)
             to = (
-                (((program * UNITS + n)[:, None] * GP + g[None, :]) * 4 + r[:, None]) * 8
-                + side * 4
-                + k[:, None]
+                (((program * UNITS + n) * 2 + side)[:, None] * GP + g[None, :]) * 16 + (r * 4 + k)[:, None]
             )
             tl.store(q_words + to, (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None])
-    elif program < heads + BS:
+    elif program < heads + 32:
         row = program - heads
         cos = tl.load(offset_cos + row * HALF + channel, mask=inside, other=0.0)
         sin = tl.load(offset_sin + row * HALF + channel, mask=inside, other=0.0)
-        at = angles + ((row * UNITS + n) * 4 + r) * 8 + k
+        thread = ((row // 16) % 2) * 32 + (row % 8) * 4 + r
+        at = angles + ((n * 2 + (row // 8) % 2) * 64 + thread) * 8 + k
         tl.store(at, cos.to(tl.float16), mask=n < UNITS)
         tl.store(at + 4, sin.to(tl.float16), mask=n < UNITS)
     else:
-        column = program - heads - BS
+        column = program - heads - 32
         tile = (column // bpt) * HALF + channel
-        offset = (column % bpt) * BS * HALF + channel
+        offset = (column % bpt) * 32 * HALF + channel
         cb = tl.load(base_cos + tile, mask=inside, other=1.0)
         sb = tl.load(base_sin + tile, mask=inside, other=0.0)
         co = tl.load(offset_cos + offset, mask=inside, other=1.0)
@@ -104,10 +103,10 @@ def _prepare_kernel(
         inverse = tl.rsqrt(
             co * co + so * so
         )  # the offset table carries the model's attention scaling, the base must not
-        at = bases + ((column * UNITS + n) * 4 + r) * 8 + k
+        at = bases + (column * UNITS + n) * 32 + r * 4 + k
         cos = (cb * co - sb * so) * inverse
         sin = (sb * co + cb * so) * inverse
         tl.store(at, cos.to(tl.float16), mask=n < UNITS)
-        tl.store(at + 4, sin.to(tl.float16), mask=n < UNITS)
+        tl.store(at + 16, sin.to(tl.float16), mask=n < UNITS)
         tl.store(wide_bases + column * D + channel, cos, mask=inside)
         tl.store(wide_bases + column * D + HALF + channel, sin, mask=inside)
