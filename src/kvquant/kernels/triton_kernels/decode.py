@@ -38,7 +38,7 @@ from kvquant.kernels.triton_kernels.fragments import (
     score_side,
     stack,
     two_words,
-    turned_back,
+    turned,
     value_side,
 )
 from kvquant.kernels.triton_kernels.lookup import key_words, load_tables, value_words
@@ -102,22 +102,19 @@ def _unit_scores(
     """
     sx01, sx23, zx01, zx23 = x_affine
     sy01, sy23, zy01, zy23 = y_affine
+    k01, k23, l01, l23 = key_words(
+        word, third, tables, centroids, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, SHIFT, BITS, INTERPRET
+    )
     if SCATTER:
-        dx01, dx23, dy01, dy23 = fetch_keys(differences, 2)
-        zx01 = half_add(zx01, dx01)
-        zx23 = half_add(zx23, dx23)
-        zy01 = half_add(zy01, dy01)
-        zy23 = half_add(zy23, dy23)
+        d01, d23, e01, e23 = fetch_keys(differences, 2)
+        k01, k23, l01, l23 = half_add(k01, d01), half_add(k23, d23), half_add(l01, e01), half_add(l23, e23)
     x01, x23 = x
     y01, y23 = y
     if ROTATED:
+        l01, l23, k01, k23 = turned(l01, l23, k01, k23, turn[0], turn[1], turn[2], turn[3], INTERPRET)
         cos01, cos23 = two_words(tl.load(base)[:, None])
         sin01, sin23 = two_words(tl.load(base + 4)[:, None])
-        x01, x23, y01, y23 = turned_back(x01, x23, y01, y23, cos01, cos23, sin01, sin23, INTERPRET)
-    k01, k23, l01, l23 = key_words(
-        word, third, tables, centroids, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
-        turn[0], turn[1], turn[2], turn[3], SHIFT, BITS, ROTATED, INTERPRET,
-    )  # fmt: skip
+        x01, x23, y01, y23 = turned(x01, x23, y01, y23, cos01, cos23, sin01, sin23, INTERPRET)
     scores = tl.dot(key_side(k01, k23), query_side(x01, x23, NG), scores)
     return tl.dot(key_side(l01, l23), query_side(y01, y23, NG), scores)
 
@@ -216,13 +213,14 @@ def _decode_kernel(
     coming = tl.load(table_row + tl.minimum(begin + 1, end - 1), mask=begin < end, other=0).to(tl.int64)
     if K_SCATTER:
         k_number, k_kept, k_count = key_row(key_index, key_value, key_count, block * H + h, k_entry, K_BASE)
+    codes, third = load_words(
+        key_codes + (block * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS, not key_inside, KB,
+        8, 32, R,
+    )  # fmt: skip
 
     for column in range(begin, end):
         after = tl.load(table_row + tl.minimum(column + 2, end - 1)).to(tl.int64)
         at = block * H + h
-        codes, third = load_words(
-            key_codes + at * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS, not key_inside, KB, 8, 32, R
-        )  # fmt: skip
         first_slot = first_visible - column * BS
         end_slot = length - column * BS
         ranges = block * BS * VG + value_group
@@ -236,13 +234,7 @@ def _decode_kernel(
             v_end = tl.where(closed, tl.load(ends + h), tl.minimum(end_slot, BS) * V_ENTRIES)
             entries = block * (BS * V_ENTRIES)
         if not INTERPRET:
-            next_head = coming * H + h
-            ahead(key_codes + next_head * (BS * K_ROW), BS * K_ROW, value_codes + next_head * (BS * V_ROW), BS * V_ROW)
-
-        if K_SCATTER:
-            next_number, next_kept, next_count = key_row(
-                key_index, key_value, key_count, coming * H + h, k_entry, K_BASE
-            )
+            ahead(value_codes + (coming * H + h) * (BS * V_ROW), BS * V_ROW)
 
         # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
         if K_SCATTER:
@@ -265,6 +257,17 @@ def _decode_kernel(
             thirds = row_pairs(column_of(third, c, CPLP, R, 64), J)
             for half in tl.static_range(KNP):
                 n = c * KNP + half
+                if c == CPL - 1 and half == KNP - 1:
+                    # Asked for now, to be there when the weights are.
+                    v_codes = value_codes + at * (BS * V_ROW)
+                    a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
+                    b0, tb0 = load_words(
+                        v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S
+                    )
+                    if V_SCATTER:
+                        v_entry = (v_begin // 2) * 2 + place
+                        v_number = tl.load(value_index + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0)
+                        v_kept = tl.load(value_value + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0.0)
                 own = affine + ((n * 4 + r) * 8)[:, None] + four
                 x_affine = four_columns(tl.load(own), 1, 64)
                 y_affine = four_columns(tl.load(own + 4), 1, 64)
@@ -296,10 +299,6 @@ def _decode_kernel(
                         base + 3 * UNITS * 8, place_n + 6144, 2 * half, NG, KB, ROTATED, K_SCATTER, INTERPRET,
                     )  # fmt: skip
         scores = all_rows(s0, s1, s2, s3, J, GP)
-        if V_SCATTER:
-            v_entry = (v_begin // 2) * 2 + place
-            v_number = tl.load(value_index + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0)
-            v_kept = tl.load(value_value + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0.0)
         if K_SCATTER:
             tl.debug_barrier()
             put(k_place, tl.zeros_like(k_delta), k_live)
@@ -355,9 +354,13 @@ def _decode_kernel(
                     value_index + entries, value_value + entries, v_rest, v_end, closed, h * D, value_zero + ranges,
                     value_scale + ranges, VG, v_first, block_inverse, scratch, D, VW, VNP, UPG, S, V_ENTRIES, False,
                 )  # fmt: skip
-        v_codes = value_codes + at * (BS * V_ROW)
-        a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
-        b0, tb0 = load_words(v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
+        # Of the next block, what its first steps would wait for.
+        if K_SCATTER:
+            k_number, k_kept, k_count = key_row(key_index, key_value, key_count, coming * H + h, k_entry, K_BASE)
+        codes, third = load_words(
+            key_codes + (coming * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS,
+            not key_inside, KB, 8, 32, R,
+        )  # fmt: skip
         a0, b0, ta0, tb0 = flat(a0, S), flat(b0, S), flat(ta0, S), flat(tb0, S)
         v_tables = value_tables if INTERPRET else fetch_tables(tables + 64)
         shift0 = ((group_unit % VNP) * 2)[:, None]
@@ -402,10 +405,6 @@ def _decode_kernel(
             )  # fmt: skip
         block = coming
         coming = after
-        if K_SCATTER:
-            k_number = next_number
-            k_kept = next_kept
-            k_count = next_count
 
     at_part = (bh * splits + split) * GP + g
     tl.store(part_best + at_part, best)

@@ -224,8 +224,8 @@ def score_side(x, R: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
-def turned_back(x01, x23, y01, y23, c01, c23, s01, s23, INTERPRET: tl.constexpr):
-    """Queries turned back by an angle: x cos + y sin, y cos - x sin, words of two fp16 numbers."""
+def turned(x01, x23, y01, y23, c01, c23, s01, s23, INTERPRET: tl.constexpr):
+    """Turned back by an angle: x cos + y sin, y cos - x sin, words of two fp16 numbers. Turned on with x and y swapped."""
     if INTERPRET:
         return (
             _half_rotation(x01, y01, c01, s01, 1.0),

@@ -65,35 +65,24 @@ def _next_half(bits: int, shift: str) -> str:
     return lines + (f" mul.wide.u32 q, m, {shift}; mov.b64 {{t, m}}, q;" if bits == 4 else "")
 
 
-_REGISTERS = "{ .reg .b64 q; .reg .b32 s, m, k, a, b, l, h, z, t, w, u, x0, x1, y0, y1; mov.b32 z, 0;"
+_REGISTERS = "{ .reg .b64 q; .reg .b32 s, m, k, a, b, l, h, z, t, w, u, x, y; mov.b32 z, 0;"
 
 
-def _key_assembly(bits: int, rotated: bool) -> tuple[str, str]:
-    """x01, x23, y01, y23 from: word, third bits (3 bits only), tables, scales and zeros of x and y, cosines, sines."""
+def _key_assembly(bits: int) -> tuple[str, str]:
+    """x01, x23, y01, y23 from: word, third bits (3 bits only), tables, 65536, scales and zeros of x and y."""
     operands = _Operands()
     out = operands.take(4)
     word, third = operands.take(1)[0], operands.take(1)[0] if bits == 3 else ""
     table, upper = operands.take(_TABLES[bits]), operands.take(1)[0]
     scale_x, zero_x, scale_y, zero_y = (operands.take(2) for _ in range(4))
-    cos, sin = (operands.take(2), operands.take(2)) if rotated else ([], [])
-    raw = ["x0", "x1", "y0", "y1"]
     lines = [_REGISTERS, *_select(bits, word, third)]
     for half in range(2):
         lines += _look_up(bits, table)
-        lines.append(f"prmt.b32 {raw[half]}, l, h, 0x6240; prmt.b32 {raw[2 + half]}, l, h, 0x7351;")
+        lines.append("prmt.b32 x, l, h, 0x6240; prmt.b32 y, l, h, 0x7351;")
         if half == 0:
             lines.append(_next_half(bits, upper))
-    for half in range(2):
-        x, y = raw[half], raw[2 + half]
-        into = (x, y) if rotated else (out[half], out[2 + half])
-        lines.append(f"fma.rn.f16x2 {into[0]}, {x}, {scale_x[half]}, {zero_x[half]};")
-        lines.append(f"fma.rn.f16x2 {into[1]}, {y}, {scale_y[half]}, {zero_y[half]};")
-        if rotated:
-            lines.append(
-                f"neg.f16x2 t, {y}; mul.rn.f16x2 a, {x}, {cos[half]}; mul.rn.f16x2 b, {y}, {cos[half]};"
-            )
-            lines.append(f"fma.rn.f16x2 {out[half]}, t, {sin[half]}, a;")
-            lines.append(f"fma.rn.f16x2 {out[2 + half]}, {x}, {sin[half]}, b;")
+        lines.append(f"fma.rn.f16x2 {out[half]}, x, {scale_x[half]}, {zero_x[half]};")
+        lines.append(f"fma.rn.f16x2 {out[2 + half]}, y, {scale_y[half]}, {zero_y[half]};")
     return "\n".join([*lines, "}"]), ",".join(["=&r"] * 4 + ["r"] * (operands.count - 4))
 
 
@@ -126,12 +115,9 @@ def _value_assembly(bits: int, field: int) -> tuple[str, str]:
     return "\n".join([*lines, "}"]), ",".join(["=&r"] * 4 + ["r"] * (operands.count - 4))
 
 
-_TURNED_2, _TURNED_2_C = (tl.constexpr(x) for x in _key_assembly(2, True))
-_TURNED_3, _TURNED_3_C = (tl.constexpr(x) for x in _key_assembly(3, True))
-_TURNED_4, _TURNED_4_C = (tl.constexpr(x) for x in _key_assembly(4, True))
-_KEY_2, _KEY_2_C = (tl.constexpr(x) for x in _key_assembly(2, False))
-_KEY_3, _KEY_3_C = (tl.constexpr(x) for x in _key_assembly(3, False))
-_KEY_4, _KEY_4_C = (tl.constexpr(x) for x in _key_assembly(4, False))
+_KEY_2, _KEY_2_C = (tl.constexpr(x) for x in _key_assembly(2))
+_KEY_3, _KEY_3_C = (tl.constexpr(x) for x in _key_assembly(3))
+_KEY_4, _KEY_4_C = (tl.constexpr(x) for x in _key_assembly(4))
 _VALUE_2, _VALUE_2_C, _VALUE_2B, _ = (tl.constexpr(x) for f in (0, 1) for x in _value_assembly(2, f))
 _VALUE_3, _VALUE_3_C, _VALUE_3B, _ = (tl.constexpr(x) for f in (0, 1) for x in _value_assembly(3, f))
 _VALUE_4, _VALUE_4_C, _VALUE_4B, _ = (tl.constexpr(x) for f in (0, 1) for x in _value_assembly(4, f))
@@ -205,89 +191,53 @@ def _plain(word, third, shift, table, BYTE: tl.constexpr, FIELD: tl.constexpr, B
 
 @triton.jit
 def _plain_key_pair(
-    word, third, shift, table, scale_x, zero_x, scale_y, zero_y, cos, sin,
-    FIRST: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr,
-):  # fmt: skip
-    xa = _plain(word, third, shift, table, FIRST, 0, BITS) * first_half(scale_x) + first_half(zero_x)
-    xb = _plain(word, third, shift, table, FIRST + 1, 0, BITS) * second_half(scale_x) + second_half(zero_x)
-    ya = _plain(word, third, shift, table, FIRST, 1, BITS) * first_half(scale_y) + first_half(zero_y)
-    yb = _plain(word, third, shift, table, FIRST + 1, 1, BITS) * second_half(scale_y) + second_half(zero_y)
-    if ROTATED:
-        ca = first_half(cos)
-        cb = second_half(cos)
-        sa = first_half(sin)
-        sb = second_half(sin)
-        x = _pack(xa * ca - ya * sa, xb * cb - yb * sb)
-        y = _pack(ya * ca + xa * sa, yb * cb + xb * sb)
-    else:
-        x = _pack(xa, xb)
-        y = _pack(ya, yb)
-    return x, y
+    word, third, shift, table, scale, zero, FIRST: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr
+):
+    a = _plain(word, third, shift, table, FIRST, FIELD, BITS) * first_half(scale) + first_half(zero)
+    b = _plain(word, third, shift, table, FIRST + 1, FIELD, BITS) * second_half(scale) + second_half(zero)
+    return _pack(a, b)
 
 
 @triton.jit
 def key_words(
-    word, third, tables, table, upper,
-    sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, c01, c23, s01, s23,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, INTERPRET: tl.constexpr,
+    word, third, tables, table, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """A unit of keys: x01, x23 and their RoPE partners y01, y23, dequantized and rotated by their place in the block.
+    """A unit of keys, dequantized: x01, x23 and their RoPE partners y01, y23.
 
     Args:
         word, third: codes and, for 3 bits, third bits, int32 of any shape; ``third`` is not yet shifted by SHIFT.
         tables, table: from :func:`load_tables`; the centroids themselves, fp32.
         upper: 65536, not known to the compiler, which would make shifts of the products with it.
-        sx01 to zy23: scales and zeros of the unit's channels; c01 to s23: cosines and sines; words of two fp16 numbers.
+        sx01 to zy23: scales and zeros of the unit's channels, words of two fp16 numbers.
         SHIFT: 2 for the second unit of a 2 or 3-bit word, else 0.
     """
     OUT: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
     if INTERPRET:
-        x01, y01 = _plain_key_pair(
-            word, third, SHIFT, table, sx01, zx01, sy01, zy01, c01, s01, 0, BITS, ROTATED
+        return (
+            _plain_key_pair(word, third, SHIFT, table, sx01, zx01, 0, 0, BITS),
+            _plain_key_pair(word, third, SHIFT, table, sx23, zx23, 2, 0, BITS),
+            _plain_key_pair(word, third, SHIFT, table, sy01, zy01, 0, 1, BITS),
+            _plain_key_pair(word, third, SHIFT, table, sy23, zy23, 2, 1, BITS),
         )
-        x23, y23 = _plain_key_pair(
-            word, third, SHIFT, table, sx23, zx23, sy23, zy23, c23, s23, 2, BITS, ROTATED
-        )
-        return x01, x23, y01, y23
     elif BITS == 4:
-        if ROTATED:
-            return tl.inline_asm_elementwise(
-                _TURNED_4, _TURNED_4_C,
-                [word, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
-                 c01, c23, s01, s23], dtype=OUT, is_pure=False, pack=1,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                _KEY_4, _KEY_4_C,
-                [word, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
-                dtype=OUT, is_pure=False, pack=1,
-            )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            _KEY_4, _KEY_4_C,
+            [word, tables[0], tables[1], tables[2], tables[3], tables[4], tables[5], tables[6], tables[7], upper,
+             sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23], dtype=OUT, is_pure=False, pack=1,
+        )  # fmt: skip
     elif BITS == 3:
-        if ROTATED:
-            return tl.inline_asm_elementwise(
-                _TURNED_3, _TURNED_3_C,
-                [word >> SHIFT, third >> SHIFT, tables[0], tables[1], tables[4], tables[5], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
-                 c01, c23, s01, s23], dtype=OUT, is_pure=False, pack=1,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                _KEY_3, _KEY_3_C,
-                [word >> SHIFT, third >> SHIFT, tables[0], tables[1], tables[4], tables[5], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
-                dtype=OUT, is_pure=False, pack=1,
-            )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            _KEY_3, _KEY_3_C,
+            [word >> SHIFT, third >> SHIFT, tables[0], tables[1], tables[4], tables[5], upper,
+             sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23], dtype=OUT, is_pure=False, pack=1,
+        )  # fmt: skip
     else:
-        if ROTATED:
-            return tl.inline_asm_elementwise(
-                _TURNED_2, _TURNED_2_C,
-                [word >> SHIFT, tables[0], tables[4], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, c01, c23, s01, s23],
-                dtype=OUT, is_pure=False, pack=1,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                _KEY_2, _KEY_2_C,
-                [word >> SHIFT, tables[0], tables[4], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
-                dtype=OUT, is_pure=False, pack=1,
-            )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            _KEY_2, _KEY_2_C,
+            [word >> SHIFT, tables[0], tables[4], upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23],
+            dtype=OUT, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

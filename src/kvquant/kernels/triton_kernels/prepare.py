@@ -65,7 +65,10 @@ def _prepare_kernel(
             (q / q_size).to(tl.float16),
             mask=d[:, None] < D,
         )
-        tl.store(floor + program * D + d, (zero + scale * tl.load(key_centroids)) / k_size, mask=d < D)
+        # What the kernel's fp16 arithmetic makes of code 0: one product and one sum, rounded once.
+        first = tl.load(key_centroids).to(tl.float16).to(tl.float32)
+        least = (scale / k_size).to(tl.float16).to(tl.float32) * first + (zero / k_size).to(tl.float16).to(tl.float32)
+        tl.store(floor + program * D + d, least.to(tl.float16).to(tl.float32), mask=d < D)
         tl.store(unit + program * 2, factor * k_size * q_size)
         tl.store(unit + program * 2 + 1, 1.0 / k_size)
         for side in tl.static_range(2):

@@ -35,17 +35,13 @@ def declaration(matrix: int) -> str:
 
 
 @triton.jit
-def ahead(keys, KEY_BYTES: tl.constexpr, values, VALUE_BYTES: tl.constexpr):
+def ahead(codes, BYTES: tl.constexpr):
     """Ask for the next block's codes while this one is worked on: they come from memory as far as the L2 cache."""
-    thread = tl.arange(0, 64)
-    LARGER: tl.constexpr = max(KEY_BYTES, VALUE_BYTES)
-    for first in tl.static_range(0, LARGER, 4096):
-        at = first + (thread % 32) * 128
-        key = (keys + tl.minimum(at, KEY_BYTES - 1)).to(tl.int64)
-        value = (values + tl.minimum(at, VALUE_BYTES - 1)).to(tl.int64)
+    at = tl.arange(0, 64) * 128
+    for first in tl.static_range(0, BYTES, 8192):
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [tl.where(thread < 32, key, value)],
-            dtype=tl.int32, is_pure=False, pack=1,
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+            [(codes + tl.minimum(first + at, BYTES - 1)).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
