@@ -213,6 +213,7 @@ def _decode_kernel(
     coming = tl.load(table_row + tl.minimum(begin + 1, end - 1), mask=begin < end, other=0).to(tl.int64)
     if K_SCATTER:
         k_number, k_kept, k_count = key_row(key_index, key_value, key_count, block * H + h, k_entry, K_BASE)
+        k_place, k_delta = key_entry(k_number, k_kept, k_entry, k_count, floor, inverse_size, scratch, D, KW, CPL, KNP, R)
     codes, third = load_words(
         key_codes + (block * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS, not key_inside, KB,
         8, 32, R,
@@ -239,7 +240,6 @@ def _decode_kernel(
         # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
         if K_SCATTER:
             k_live = k_entry < tl.minimum(k_count, K_BASE)
-            k_place, k_delta = key_entry(k_number, k_kept, k_live, floor, inverse_size, scratch, D, KW, CPL, KNP, R)
             put(k_place, k_delta, k_live)
             if k_count > K_BASE:
                 key_chain(
@@ -257,17 +257,6 @@ def _decode_kernel(
             thirds = row_pairs(column_of(third, c, CPLP, R, 64), J)
             for half in tl.static_range(KNP):
                 n = c * KNP + half
-                if c == CPL - 1 and half == KNP - 1:
-                    # Asked for now, to be there when the weights are.
-                    v_codes = value_codes + at * (BS * V_ROW)
-                    a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
-                    b0, tb0 = load_words(
-                        v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S
-                    )
-                    if V_SCATTER:
-                        v_entry = (v_begin // 2) * 2 + place
-                        v_number = tl.load(value_index + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0)
-                        v_kept = tl.load(value_value + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0.0)
                 own = affine + ((n * 4 + r) * 8)[:, None] + four
                 x_affine = four_columns(tl.load(own), 1, 64)
                 y_affine = four_columns(tl.load(own + 4), 1, 64)
@@ -313,6 +302,13 @@ def _decode_kernel(
                 floor, inverse_size, offset_cos, offset_sin, wide_bases + column * (J * D), GP, D, K_BASE, ROTATED, R,
                 INTERPRET,
             )  # fmt: skip
+        v_codes = value_codes + at * (BS * V_ROW)
+        a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
+        b0, tb0 = load_words(v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
+        if V_SCATTER:
+            v_entry = (v_begin // 2) * 2 + place
+            v_number = tl.load(value_index + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0)
+            v_kept = tl.load(value_value + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0.0)
         scores = scores * score_unit  # times log2(e), unless a cap comes first
         if HAS_SOFTCAP:
             # tanh through exp, which keeps its sign at both ends
@@ -403,6 +399,10 @@ def _decode_kernel(
                 h * D, value_zero + ranges, value_scale + ranges, VG, v_first, tl.max(inverse, 0),
                 D, VW, VNP, UPG, BS, V_ENTRIES, INTERPRET,
             )  # fmt: skip
+        if K_SCATTER:
+            k_place, k_delta = key_entry(
+                k_number, k_kept, k_entry, k_count, floor, inverse_size, scratch, D, KW, CPL, KNP, R
+            )
         block = coming
         coming = after
 

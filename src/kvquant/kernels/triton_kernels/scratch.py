@@ -177,12 +177,12 @@ def key_row(key_index, key_value, key_count, at, entry, K_BASE: tl.constexpr):
 
 @triton.jit
 def key_entry(
-    number, kept, live, floor, inverse_size, scratch, D: tl.constexpr, W: tl.constexpr, CPL: tl.constexpr,
+    number, kept, entry, count, floor, inverse_size, scratch, D: tl.constexpr, W: tl.constexpr, CPL: tl.constexpr,
     NP: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of key outliers and, in fp16, their differences to what code 0 decodes to, relative to the largest key."""
+    """Addresses of key outliers (of those with ``entry`` below ``count``) and, in fp16, their differences to what code 0 decodes to, relative to the largest key."""
     number = number.to(tl.uint16, bitcast=True).to(tl.uint32)
-    delta = kept.to(tl.float32) * inverse_size - tl.load(floor + number % D, mask=live, other=0.0)
+    delta = kept.to(tl.float32) * inverse_size - tl.load(floor + number % D, mask=entry < count, other=0.0)
     delta = tl.minimum(tl.maximum(delta, -LARGEST), LARGEST).to(tl.float16)
     return scratch + key_place(number, D, W, CPL, NP, R).to(tl.int32), delta
 
@@ -199,7 +199,7 @@ def key_chain(
         live = entry < count - i
         number = tl.load(spill_index + chunk * 32 + entry)
         kept = tl.load(spill_value + chunk * 32 + entry)
-        at, delta = key_entry(number, kept, live, floor, inverse_size, scratch, D, W, CPL, NP, R)
+        at, delta = key_entry(number, kept, entry, count - i, floor, inverse_size, scratch, D, W, CPL, NP, R)
         put(at, tl.zeros_like(delta) if CLEAR else delta, live)
         if i + 32 < count:
             chunk = tl.load(spill_next + chunk).to(tl.int64)
