@@ -21,7 +21,7 @@ DECODE_BITS = (2, 3, 4)
 INTERPRET = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
 # Eight programs of 64 threads share a multiprocessor with this many registers each, which was faster on an H100 than six
 # or four with more, although some are spilled.
-_REGISTERS, _RESIDENT = 128, 8
+_REGISTERS, _RESIDENT = 168, 6
 
 
 def attend(
@@ -161,7 +161,7 @@ def attend_decode(
     factor = softmax_scale if softcap is not None else softmax_scale * decode.LOG2E.value
     KW = _plane_bytes(D, layer.key_bits)
     rope = None if rope is None else Rope(*(t.contiguous() for t in rope))
-    prepared = _prepare(q, constants, rope, M, block_size, blocks_per_tile, factor, H, GP, KW, layer.key_bits)
+    prepared = _prepare(q, constants, rope, M, block_size, blocks_per_tile, factor, H, GP, KW, layer.key_bits, layer.value_bits)
     best, total = (torch.empty(B, H, splits, GP, dtype=fp32, device=device) for _ in range(2))
     out = torch.empty(B, H, splits, GP, D, dtype=fp32, device=device)
     VW = _plane_bytes(D, layer.value_bits)
@@ -191,7 +191,7 @@ def attend_decode(
         splits += 1
     merged = torch.empty_like(query, memory_format=torch.contiguous_format)
     decode._merge_kernel[(B * Hq,)](
-        best, total, out, merged, splits, G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=1
+        best, total, out, merged, splits, G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=4
     )
     return merged
 
@@ -222,13 +222,15 @@ def _prepare(
     GP: int,
     plane_bytes: int,
     bits: int,
+    value_bits: int,
 ) -> tuple[Tensor, ...]:
-    """The decode kernel's first eight arguments (see prepare.py): a few KiB per head and half a KiB per block."""
+    """The decode kernel's first nine arguments (see prepare.py): a few KiB per head and half a KiB per block."""
     B, Hq, D = query.shape
     BH, wide, half = B * H, torch.float32, torch.float16
     words_per_lane, halves = -(-plane_bytes // 16), 1 if bits == 4 else 2
     units = words_per_lane * halves
-    rows, bases = (0, 0) if rope is None else (32, columns * block_size // 32)
+    rows = min(block_size, 64)  # keys are rotated by their place among as many
+    bases = 0 if rope is None else columns * block_size // rows
 
     def empty(*shape: int, dtype: torch.dtype = half) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=query.device)
@@ -239,16 +241,17 @@ def _prepare(
         empty(BH, units, 4, 16),
         empty(BH, D, dtype=wide),
         empty(BH, 2, dtype=wide),
-        empty(units, 2, 64, 8),
+        empty(units, rows // 16, 64, 8),
         empty(max(bases, 1), units, 4, 8),
         empty(max(bases, 1), D, dtype=wide),
+        empty(32, dtype=torch.int32),
     )
     tables = (constants.key_zero,) * 4 if rope is None else tuple(rope)
-    prepare._prepare_kernel[(BH + rows + bases,)](
-        query, constants.key_zero, constants.key_scale, constants.key_centroids, *tables, *prepared,
-        BH, H, blocks_per_tile * block_size // 32, float(factor),
-        G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), W=plane_bytes,
-        CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), num_warps=4,
+    prepare._prepare_kernel[(BH + (0 if rope is None else rows) + bases,)](
+        query, constants.key_zero, constants.key_scale, constants.key_centroids, constants.value_centroids, *tables, *prepared,
+        BH, H, blocks_per_tile * block_size // rows, float(factor),
+        G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,
+        CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, num_warps=4,
     )  # fmt: skip
     return prepared
 

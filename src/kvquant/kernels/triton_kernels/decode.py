@@ -33,7 +33,7 @@ from kvquant.kernels.triton_kernels.fragments import (
     key_side,
     load_words,
     query_side,
-    row_pairs,
+    row_groups,
     rows_of,
     score_side,
     stack,
@@ -41,7 +41,7 @@ from kvquant.kernels.triton_kernels.fragments import (
     turned,
     value_side,
 )
-from kvquant.kernels.triton_kernels.lookup import key_words, load_tables, value_words
+from kvquant.kernels.triton_kernels.lookup import key_words, value_words
 from kvquant.kernels.triton_kernels.outlier_products import key_products, value_products
 from kvquant.kernels.triton_kernels.scratch import (
     ahead,
@@ -93,12 +93,12 @@ def _any_row(x, BS: tl.constexpr, GP: tl.constexpr):
 @triton.jit
 def _unit_scores(
     scores, word, third, tables, centroids, upper, x_affine, y_affine, x, y, turn, base, differences,
-    SHIFT: tl.constexpr, NG: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, SCATTER: tl.constexpr,
+    SHIFT: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, SCATTER: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Scores of 32 tokens [32, GP] with one unit of their keys more: eight channels of each of four lanes.
+    """Scores of 16 N tokens, [16 N, GP], with one unit of their keys more: eight channels of each of four lanes.
 
-    Keys are rotated by their place among the 32, the query is turned back by the angle ``base`` of the first.
+    Keys are rotated by their place among these, the query is turned back by the angle ``base`` of the first.
     """
     sx01, sx23, zx01, zx23 = x_affine
     sy01, sy23, zy01, zy23 = y_affine
@@ -106,8 +106,11 @@ def _unit_scores(
         word, third, tables, centroids, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, SHIFT, BITS, INTERPRET
     )
     if SCATTER:
-        d01, d23, e01, e23 = fetch_keys(differences, 2)
-        k01, k23, l01, l23 = half_add(k01, d01), half_add(k23, d23), half_add(l01, e01), half_add(l23, e23)
+        d01, d23, e01, e23 = fetch_keys(differences, N)
+        k01 = half_add(k01, tl.reshape(d01, (64, N)))
+        k23 = half_add(k23, tl.reshape(d23, (64, N)))
+        l01 = half_add(l01, tl.reshape(e01, (64, N)))
+        l23 = half_add(l23, tl.reshape(e23, (64, N)))
     x01, x23 = x
     y01, y23 = y
     if ROTATED:
@@ -115,14 +118,14 @@ def _unit_scores(
         cos01, cos23 = two_words(tl.load(base)[:, None])
         sin01, sin23 = two_words(tl.load(base + 4)[:, None])
         x01, x23, y01, y23 = turned(x01, x23, y01, y23, cos01, cos23, sin01, sin23, INTERPRET)
-    scores = tl.dot(key_side(k01, k23), query_side(x01, x23, NG), scores)
-    return tl.dot(key_side(l01, l23), query_side(y01, y23, NG), scores)
+    scores = tl.dot(key_side(k01, k23, N), query_side(x01, x23, NG), scores)
+    return tl.dot(key_side(l01, l23, N), query_side(y01, y23, NG), scores)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "sink_tokens", "window", "table_stride"])
 def _decode_kernel(
     # Prepared for this call
-    q_words, q_half, affine, floor, unit, angles, bases, wide_bases,
+    q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up,
     offset_cos, offset_sin, block_table, kv_lengths,
     # Keys
     key_codes, key_count, key_index, key_value, spill_head, spill_next, spill_index, spill_value, key_centroids,
@@ -138,7 +141,9 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCRATCH: tl.constexpr, MATRIX: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = BS // 16  # registers of a thread for the rows of a block
-    J: tl.constexpr = BS // 32  # keys are rotated by their place among 32 tokens, the query by these
+    ROWS: tl.constexpr = min(BS, 64)  # keys are rotated by their place among as many tokens, the query by these
+    N: tl.constexpr = ROWS // 16
+    J: tl.constexpr = BS // ROWS
     NG: tl.constexpr = GP // 8
     K_WORDS: tl.constexpr = (KW + 3) // 4
     CPL: tl.constexpr = (K_WORDS + 3) // 4  # words of a row that one of its four lanes decodes
@@ -190,13 +195,11 @@ def _decode_kernel(
     base_words = bases.to(tl.pointer_type(tl.int64))
     score_unit = tl.load(unit + bh * 2)
     inverse_size = tl.load(unit + bh * 2 + 1)
-    key_tables = load_tables(key_centroids, KB)
-    value_tables = load_tables(value_centroids, VB)
     v_first = tl.load(value_centroids)
     value_group = h * VG // H
     tables = tl.zeros((), tl.int32)
     if not INTERPRET:
-        tables = allocate(SCRATCH, MATRIX, key_tables, value_tables)
+        tables = allocate(SCRATCH, MATRIX, look_up)
     scratch = tables + 128
 
     best = tl.full((GP,), -float("inf"), tl.float32)
@@ -247,14 +250,12 @@ def _decode_kernel(
                     inverse_size, scratch, D, KW, CPL, KNP, R, False,
                 )  # fmt: skip
             tl.debug_barrier()
-        k_tables = key_tables if INTERPRET else fetch_tables(tables)
-        s0 = tl.zeros((32, GP), tl.float32)
+        k_tables = None if INTERPRET else fetch_tables(tables)
+        s0 = tl.zeros((ROWS, GP), tl.float32)
         s1 = s0
-        s2 = s0
-        s3 = s0
         for c in tl.static_range(CPL):
-            words = row_pairs(column_of(codes, c, CPLP, R, 64), J)
-            thirds = row_pairs(column_of(third, c, CPLP, R, 64), J)
+            words = row_groups(column_of(codes, c, CPLP, R, 64), J)
+            thirds = row_groups(column_of(third, c, CPLP, R, 64), J)
             for half in tl.static_range(KNP):
                 n = c * KNP + half
                 own = affine + ((n * 4 + r) * 8)[:, None] + four
@@ -265,29 +266,20 @@ def _decode_kernel(
                 y = two_words(tl.reshape(stack(q + 4 * GP, True, 32, 64, NG, False), (32, NG)))
                 turn = words[0], words[0], words[0], words[0]
                 if ROTATED:
-                    t = angle_words + (n * 512 + thread * 4)[:, None] + four
-                    turn = four_columns(stack(t, True, 256, 512, 2, False), 2, 64)
+                    t = angle_words + (n * (N * 256) + thread * 4)[:, None] + four
+                    turn = four_columns(stack(t, True, 256, 512, N, False), N, 64)
                 base = base_words + (column * (J * UNITS) + n) * 8 + lane % 4
                 place_n = scratch + (n * R) * 1024 + thread * 16
                 s0 = _unit_scores(
                     s0, words[0], thirds[0], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn, base, place_n,
-                    2 * half, NG, KB, ROTATED, K_SCATTER, INTERPRET,
+                    2 * half, N, NG, KB, ROTATED, K_SCATTER, INTERPRET,
                 )  # fmt: skip
-                if J > 1:
+                if J == 2:
                     s1 = _unit_scores(
                         s1, words[1], thirds[1], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn,
-                        base + UNITS * 8, place_n + 2048, 2 * half, NG, KB, ROTATED, K_SCATTER, INTERPRET,
+                        base + UNITS * 8, place_n + 4096, 2 * half, N, NG, KB, ROTATED, K_SCATTER, INTERPRET,
                     )  # fmt: skip
-                if J > 2:
-                    s2 = _unit_scores(
-                        s2, words[2], thirds[2], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn,
-                        base + 2 * UNITS * 8, place_n + 4096, 2 * half, NG, KB, ROTATED, K_SCATTER, INTERPRET,
-                    )  # fmt: skip
-                    s3 = _unit_scores(
-                        s3, words[3], thirds[3], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn,
-                        base + 3 * UNITS * 8, place_n + 6144, 2 * half, NG, KB, ROTATED, K_SCATTER, INTERPRET,
-                    )  # fmt: skip
-        scores = all_rows(s0, s1, s2, s3, J, GP)
+        scores = all_rows(s0, s1, J, GP)
         if K_SCATTER:
             tl.debug_barrier()
             put(k_place, tl.zeros_like(k_delta), k_live)
@@ -314,8 +306,9 @@ def _decode_kernel(
             # tanh through exp, which keeps its sign at both ends
             decay = tl.exp2(tl.abs(scores / softcap) * (-2.0 * 1.4426950408889634))
             scores = tl.where(scores < 0, -LOG2E, LOG2E) * softcap * (1.0 - decay) / (1.0 + decay)
-        visible = (slot >= first_slot) & (slot < end_slot)
-        scores = tl.where(visible[:, None], scores, -float("inf"))
+        if (first_slot > 0) | (end_slot < BS):
+            visible = (slot >= first_slot) & (slot < end_slot)
+            scores = tl.where(visible[:, None], scores, -float("inf"))
 
         # -- weights, times 2^10 against fp16's smallest, and the largest range of a value -------------------------
         new, new_size = tl.reduce((scores, v_scale), 0, _larger_of_both)
@@ -358,7 +351,7 @@ def _decode_kernel(
             not key_inside, KB, 8, 32, R,
         )  # fmt: skip
         a0, b0, ta0, tb0 = flat(a0, S), flat(b0, S), flat(ta0, S), flat(tb0, S)
-        v_tables = value_tables if INTERPRET else fetch_tables(tables + 64)
+        v_tables = None if INTERPRET else fetch_tables(tables + 64)
         shift0 = ((group_unit % VNP) * 2)[:, None]
         w0, w1, w2, w3 = value_words(a0, b0, ta0, tb0, shift0, v_tables, value_centroids, upper, 0, VB, INTERPRET)
         acc0 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc0 * fade)
@@ -419,7 +412,7 @@ def _decode_kernel(
         _store_part(part_out, at_part, acc3 * size + zero_sum, G, GP, 3, D, VW, UPG, VNP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
     part_best, part_total, part_out, out, splits,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -429,15 +422,19 @@ def _merge_kernel(
     bh = head // G
     g = head % G
     d = tl.arange(0, DP)
-    mask = d < D
-    best = -float("inf")
-    for s in range(splits):
-        best = tl.maximum(best, tl.load(part_best + (bh * splits + s) * GP + g))
-    total = 0.0
-    acc = tl.zeros((DP,), tl.float32)
-    for s in range(splits):
-        row = (bh * splits + s) * GP + g
-        weight = tl.exp2(tl.load(part_best + row) - best)
-        total += tl.load(part_total + row) * weight
-        acc += tl.load(part_out + row * D + d, mask=mask, other=0.0) * weight
-    tl.store(out + head * D + d, (acc / total).to(out.dtype.element_ty), mask=mask)
+    part = tl.arange(0, 16)
+    highest = tl.full((16,), -float("inf"), tl.float32)
+    for s in range(0, splits, 16):
+        row = (bh * splits + s + part) * GP + g
+        highest = tl.maximum(highest, tl.load(part_best + row, mask=s + part < splits, other=-float("inf")))
+    best = tl.max(highest, 0)
+    total = tl.zeros((16,), tl.float32)
+    acc = tl.zeros((16, DP), tl.float32)
+    for s in range(0, splits, 16):
+        inside = s + part < splits
+        row = (bh * splits + s + part) * GP + g
+        weight = tl.exp2(tl.load(part_best + row, mask=inside, other=-float("inf")) - best)
+        total += tl.load(part_total + row, mask=inside, other=0.0) * weight
+        out_mask = inside[:, None] & (d < D)[None, :]
+        acc += tl.load(part_out + row[:, None] * D + d[None, :], mask=out_mask, other=0.0) * weight[:, None]
+    tl.store(out + head * D + d, (tl.sum(acc, 0) / tl.sum(total, 0)).to(out.dtype.element_ty), mask=d < D)

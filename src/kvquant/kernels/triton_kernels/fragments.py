@@ -121,11 +121,11 @@ def two_words(x):
 
 
 @triton.jit
-def key_side(low, high):
-    """Words of a thread's columns (0, 1) and (2, 3), [64, 2] each, as [32, 16] fp16."""
+def key_side(low, high, R: tl.constexpr):
+    """Words of a thread's columns (0, 1) and (2, 3), [64, R] each, as [R * 16, 16] fp16; R is 2 or 4."""
     x = tl.join(tl.join(first_half(low), second_half(low)), tl.join(first_half(high), second_half(high)))
-    x = tl.reshape(x, (2, 8, 4, 2, 2, 2))  # warp; q; r; row: 8; b; i
-    return tl.reshape(tl.permute(x, (0, 3, 1, 2, 5, 4)), (32, 16))
+    x = tl.reshape(x, (2, 8, 4, 2, R // 2, 2, 2))  # warp; q; r; row: 8, 32; b; i
+    return tl.reshape(tl.permute(x, (4, 0, 3, 1, 2, 6, 5)), (R * 16, 16))
 
 
 @triton.jit
@@ -187,29 +187,21 @@ def rows_of(pointer, stride, row, first, last, N: tl.constexpr):
 
 
 @triton.jit
-def row_pairs(x, N: tl.constexpr):
-    """[64, 2 N] of a thread's rows as a tuple of N [64, 2]: of rows 32 j and 32 j + 8."""
-    if N == 1:
-        return (x,)
-    elif N == 2:
-        return tl.split(tl.reshape(x, (64, 2, 2)))
+def row_groups(x, J: tl.constexpr):
+    """[64, R] of a thread's rows as a tuple of J [64, R / J], of 64 rows each; J is 1 or 2."""
+    if J == 1:
+        return x, x
     else:
-        a, b = tl.split(tl.reshape(x, (64, 2, 2, 2)))
-        a0, a1 = tl.split(a)
-        b0, b1 = tl.split(b)
-        return a0, a1, b0, b1
+        return tl.split(tl.reshape(x, (64, x.shape[1] // 2, 2)))
 
 
 @triton.jit
-def all_rows(s0, s1, s2, s3, N: tl.constexpr, GP: tl.constexpr):
-    """The first N of four [32, GP], one below the other."""
-    if N == 1:
+def all_rows(s0, s1, J: tl.constexpr, GP: tl.constexpr):
+    """The first J of two [., GP], one below the other."""
+    if J == 1:
         return s0
-    elif N == 2:
-        return tl.reshape(tl.permute(tl.join(s0, s1), (2, 0, 1)), (64, GP))
     else:
-        x = tl.join(tl.join(s0, s1), tl.join(s2, s3))
-        return tl.reshape(tl.permute(x, (3, 2, 0, 1)), (128, GP))
+        return tl.reshape(tl.permute(tl.join(s0, s1), (2, 0, 1)), (128, GP))
 
 
 @triton.jit

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvquant.kernels.triton_kernels.lookup import load_tables
+
 
 @triton.jit
 def _power_of_two(size):
@@ -19,16 +21,26 @@ def _power_of_two(size):
 
 
 @triton.jit
+def _store_table(look_up, centroids, BITS: tl.constexpr):
+    """Eight words of a look-up table, four times low and four times high bytes, twice each."""
+    t = load_tables(centroids, BITS)
+    for copy in tl.static_range(2):
+        for k in tl.static_range(4):
+            tl.store(look_up + copy * 4 + k, t[k])
+            tl.store(look_up + 8 + copy * 4 + k, t[4 + k])
+
+
+@triton.jit
 def _prepare_kernel(
     # [B, H, G, D]; [H, D] twice; centroids; rotary tables fp32 [>= BS, D/2] twice, [tiles, D/2] twice
-    query, key_zero, key_scale, key_centroids, offset_cos, offset_sin, base_cos, base_sin,
+    query, key_zero, key_scale, key_centroids, value_centroids, offset_cos, offset_sin, base_cos, base_sin,
     # Results, fp16 unless said otherwise: [BH, units, GP, 4 r, (x, y) * 4 k], [BH, D, GP],
     # [BH, units, 4 r, (scale x, zero x, scale y, zero y) * 4 k], fp32 [BH, D], fp32 [BH, 2],
     # [BS, units, 4 r, (cos, sin) * 4 k], [M, units, 4 r, (cos, sin) * 4 k], fp32 [M, (cos, sin), D/2]
-    q_words, q_half, affine, floor, unit, angles, bases, wide_bases,
+    q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up,
     heads, H, bpt, factor,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr,
-    CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+    CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
 ):  # fmt: skip
     """Programs below ``heads`` serve a (sequence, KV head), the next BS a row of the in-block table, the rest a block.
 
@@ -47,6 +59,9 @@ def _prepare_kernel(
     channel = (n % NP) * W + word * 4 + k
     inside = (n < UNITS) & (word * 4 + k < W)
     if program < heads:
+        if program == 0:
+            _store_table(look_up, key_centroids, KB)
+            _store_table(look_up + 16, value_centroids, VB)
         h = program % H
         d = tl.arange(0, DP)
         zero = tl.load(key_zero + h * D + d, mask=d < D, other=0.0)
@@ -87,18 +102,18 @@ def _prepare_kernel(
                 (((program * UNITS + n) * 2 + side)[:, None] * GP + g[None, :]) * 16 + (r * 4 + k)[:, None]
             )
             tl.store(q_words + to, (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None])
-    elif program < heads + 32:
+    elif program < heads + ROWS:
         row = program - heads
         cos = tl.load(offset_cos + row * HALF + channel, mask=inside, other=0.0)
         sin = tl.load(offset_sin + row * HALF + channel, mask=inside, other=0.0)
         thread = ((row // 16) % 2) * 32 + (row % 8) * 4 + r
-        at = angles + ((n * 2 + (row // 8) % 2) * 64 + thread) * 8 + k
+        at = angles + ((n * (ROWS // 16) + (row // 32) * 2 + (row // 8) % 2) * 64 + thread) * 8 + k
         tl.store(at, cos.to(tl.float16), mask=n < UNITS)
         tl.store(at + 4, sin.to(tl.float16), mask=n < UNITS)
     else:
-        column = program - heads - 32
+        column = program - heads - ROWS
         tile = (column // bpt) * HALF + channel
-        offset = (column % bpt) * 32 * HALF + channel
+        offset = (column % bpt) * ROWS * HALF + channel
         cb = tl.load(base_cos + tile, mask=inside, other=1.0)
         sb = tl.load(base_sin + tile, mask=inside, other=0.0)
         co = tl.load(offset_cos + offset, mask=inside, other=1.0)

@@ -46,17 +46,14 @@ def ahead(codes, BYTES: tl.constexpr):
 
 
 @triton.jit
-def allocate(DECLARATION: tl.constexpr, BYTES: tl.constexpr, k, v):
-    """The scratch's address: tables of keys ``k`` and of values ``v``, and a matrix of zeros after them."""
+def allocate(DECLARATION: tl.constexpr, BYTES: tl.constexpr, look_up):
+    """The scratch's address: the 32 words of ``look_up`` (two copies of two tables), and a matrix of zeros after them."""
     scratch = tl.inline_asm_elementwise(DECLARATION, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     thread = tl.arange(0, 64) * 16
     for first in tl.static_range(0, BYTES, 1024):
         _store_words(scratch + 128 + first + thread, 0, 0, 0, 0)
-    copy = scratch + thread % 32  # of 16 bytes
-    _store_words(copy, k[0], k[1], k[2], k[3])
-    _store_words(copy + 32, k[4], k[5], k[6], k[7])
-    _store_words(copy + 64, v[0], v[1], v[2], v[3])
-    _store_words(copy + 96, v[4], v[5], v[6], v[7])
+    words = look_up + tl.arange(0, 8) * 4
+    _store_words(scratch + tl.arange(0, 8) * 16, tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3))
     tl.debug_barrier()
     return scratch
 
