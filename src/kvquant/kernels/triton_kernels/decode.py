@@ -50,6 +50,7 @@ from kvquant.kernels.triton_kernels.scratch import (
     fetch_tables,
     fetch_values,
     half_add,
+    own_place,
     key_chain,
     key_entry,
     key_row,
@@ -156,6 +157,7 @@ def _decode_kernel(
     S: tl.constexpr = BS // 8
     K_SCATTER: tl.constexpr = K_BASE > 0 and MATRIX > 0
     V_SCATTER: tl.constexpr = V_ENTRIES > 0 and MATRIX > 0
+    LINES: tl.constexpr = 64 * ((BS * V_ROW + 8191) // 8192)  # 128 bytes each, of a block's codes
     PLACES: tl.constexpr = 128 if D >= 128 else 64  # outliers of values at once: two of a thread
 
     bh = tl.program_id(0)
@@ -211,9 +213,7 @@ def _decode_kernel(
     acc2 = acc0
     acc3 = acc0
     table_row = block_table + b * table_stride
-    # A block's number is read two blocks ahead and its keys' outliers one, because what follows waits for them.
     block = tl.load(table_row + begin, mask=begin < end, other=0).to(tl.int64)
-    coming = tl.load(table_row + tl.minimum(begin + 1, end - 1), mask=begin < end, other=0).to(tl.int64)
     if K_SCATTER:
         k_number, k_kept, k_count = key_row(key_index, key_value, key_count, block * H + h, k_entry, K_BASE)
         k_place, k_delta = key_entry(k_number, k_kept, k_entry, k_count, floor, inverse_size, scratch, D, KW, CPL, KNP, R)
@@ -223,13 +223,10 @@ def _decode_kernel(
     )  # fmt: skip
 
     for column in range(begin, end):
-        after = tl.load(table_row + tl.minimum(column + 2, end - 1)).to(tl.int64)
+        coming = tl.load(table_row + tl.minimum(column + 1, end - 1)).to(tl.int64)
         at = block * H + h
         first_slot = first_visible - column * BS
         end_slot = length - column * BS
-        ranges = block * BS * VG + value_group
-        v_scale = score_side(rows_of(value_scale + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
-        v_zero = score_side(rows_of(value_zero + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
         if V_ENTRIES > 0:
             # An open block lists all heads' entries token by token, a closed one those of each head together.
             ends = value_end + block * H
@@ -237,9 +234,6 @@ def _decode_kernel(
             v_begin = tl.load(ends + h - 1, mask=h > 0, other=0)
             v_end = tl.where(closed, tl.load(ends + h), tl.minimum(end_slot, BS) * V_ENTRIES)
             entries = block * (BS * V_ENTRIES)
-        if not INTERPRET:
-            ahead(value_codes + (coming * H + h) * (BS * V_ROW), BS * V_ROW)
-
         # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
         if K_SCATTER:
             k_live = k_entry < tl.minimum(k_count, K_BASE)
@@ -294,6 +288,15 @@ def _decode_kernel(
                 floor, inverse_size, offset_cos, offset_sin, wide_bases + column * (J * D), GP, D, K_BASE, ROTATED, R,
                 INTERPRET,
             )  # fmt: skip
+        ranges = block * BS * VG + value_group
+        v_scale = score_side(rows_of(value_scale + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
+        v_zero = score_side(rows_of(value_zero + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
+        if not INTERPRET:
+            own = coming * BS * VG + value_group + slot * VG
+            ahead(value_scale + own)
+            ahead(value_zero + own)
+            line = tl.minimum(tl.arange(0, LINES) * 128, BS * V_ROW - 1)
+            ahead(value_codes + (coming * H + h) * (BS * V_ROW) + line)
         v_codes = value_codes + at * (BS * V_ROW)
         a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
         b0, tb0 = load_words(v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
@@ -397,8 +400,9 @@ def _decode_kernel(
                 k_number, k_kept, k_entry, k_count, floor, inverse_size, scratch, D, KW, CPL, KNP, R
             )
         block = coming
-        coming = after
 
+    if not INTERPRET:
+        bh, split = own_place()
     at_part = (bh * splits + split) * GP + g
     tl.store(part_best + at_part, best)
     UNIT: tl.constexpr = 2.0**-10

@@ -35,14 +35,11 @@ def declaration(matrix: int) -> str:
 
 
 @triton.jit
-def ahead(codes, BYTES: tl.constexpr):
-    """Ask for the next block's codes while this one is worked on: they come from memory as far as the L2 cache."""
-    at = tl.arange(0, 64) * 128
-    for first in tl.static_range(0, BYTES, 8192):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
-            [(codes + tl.minimum(first + at, BYTES - 1)).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+def ahead(pointers):
+    """Ask for what the next block needs while this one is worked on: it comes from memory as far as the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )  # fmt: skip
 
 
 @triton.jit
@@ -156,6 +153,14 @@ def value_place(
     channel = x % W % 4
     row = 4 * (t // 32) + 2 * ((t // 2) % 2) + channel // 2
     return ((tile * S + row) * 64 + thread) * 16 + ((t // 16) % 2) * 8 + (channel % 2) * 4 + (t % 2) * 2
+
+
+@triton.jit
+def own_place():
+    """The program's numbers, read again rather than kept in registers, or in local memory, while blocks go by."""
+    x = tl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    y = tl.inline_asm_elementwise("mov.u32 $0, %ctaid.y;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    return x, y
 
 
 @triton.jit
