@@ -19,8 +19,8 @@ from kvquant.ragged import RaggedStep
 
 DECODE_BITS = (2, 3, 4)
 INTERPRET = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
-# Eight programs of 64 threads share a multiprocessor with this many registers each, which was faster on an H100 than six
-# or four with more, although some are spilled.
+# Six programs of 64 threads share a multiprocessor with as many registers each. Eight with 128 took as long on an H100,
+# but some are spilled then.
 _REGISTERS, _RESIDENT = 168, 6
 
 
@@ -161,7 +161,20 @@ def attend_decode(
     factor = softmax_scale if softcap is not None else softmax_scale * decode.LOG2E.value
     KW = _plane_bytes(D, layer.key_bits)
     rope = None if rope is None else Rope(*(t.contiguous() for t in rope))
-    prepared = _prepare(q, constants, rope, M, block_size, blocks_per_tile, factor, H, GP, KW, layer.key_bits, layer.value_bits)
+    prepared = _prepare(
+        q,
+        constants,
+        rope,
+        M,
+        block_size,
+        blocks_per_tile,
+        factor,
+        H,
+        GP,
+        KW,
+        layer.key_bits,
+        layer.value_bits,
+    )
     best, total = (torch.empty(B, H, splits, GP, dtype=fp32, device=device) for _ in range(2))
     out = torch.empty(B, H, splits, GP, D, dtype=fp32, device=device)
     VW = _plane_bytes(D, layer.value_bits)

@@ -12,10 +12,12 @@ every 32, and columns 4r to 4r + 3 of every 16. Which channel is column k of a p
 keys and query agree; which is row m of the output as well, as long as the store knows.
 
 A value's range belongs to its token and is folded into the weights. Outliers are added as differences to what their
-code 0 decodes to: to the scores (times the query turned back to the key's position) and to the output (times the
-weight), by products with 0/1 matrices made in registers, because Triton has no scatter and atomics would add in any
-order. Numbers are fp16 inside, relative to the largest key and query of the head, so that bf16 ranges cannot overflow;
-what depends on neither block nor token is prepared once per call (prepare.py).
+code 0 decodes to, through a matrix in shared memory that threads scatter them into (scratch.py). Numbers are fp16
+inside, relative to the largest key and query of the head, so that bf16 ranges cannot overflow; what depends on neither
+block nor token is prepared once per call (prepare.py).
+
+What a block waits for is asked for before: its number, codes and outliers of keys while the block before is worked on,
+codes and ranges of values by a prefetch into the L2 cache.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
@@ -37,8 +39,8 @@ from kvquant.kernels.triton_kernels.fragments import (
     rows_of,
     score_side,
     stack,
-    two_words,
     turned,
+    two_words,
     value_side,
 )
 from kvquant.kernels.triton_kernels.lookup import key_words, value_words
@@ -50,7 +52,6 @@ from kvquant.kernels.triton_kernels.scratch import (
     fetch_tables,
     fetch_values,
     half_add,
-    own_place,
     key_chain,
     key_entry,
     key_row,
@@ -104,7 +105,22 @@ def _unit_scores(
     sx01, sx23, zx01, zx23 = x_affine
     sy01, sy23, zy01, zy23 = y_affine
     k01, k23, l01, l23 = key_words(
-        word, third, tables, centroids, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, SHIFT, BITS, INTERPRET
+        word,
+        third,
+        tables,
+        centroids,
+        upper,
+        sx01,
+        sx23,
+        zx01,
+        zx23,
+        sy01,
+        sy23,
+        zy01,
+        zy23,
+        SHIFT,
+        BITS,
+        INTERPRET,
     )
     if SCATTER:
         d01, d23, e01, e23 = fetch_keys(differences, N)
@@ -142,7 +158,9 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCRATCH: tl.constexpr, MATRIX: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = BS // 16  # registers of a thread for the rows of a block
-    ROWS: tl.constexpr = min(BS, 64)  # keys are rotated by their place among as many tokens, the query by these
+    ROWS: tl.constexpr = min(
+        BS, 64
+    )  # keys are rotated by their place among as many tokens, the query by these
     N: tl.constexpr = ROWS // 16
     J: tl.constexpr = BS // ROWS
     NG: tl.constexpr = GP // 8
@@ -205,7 +223,9 @@ def _decode_kernel(
     scratch = tables + 128
 
     best = tl.full((GP,), -float("inf"), tl.float32)
-    total = tl.zeros((2, 8, GP), tl.float32)  # over the rows of a thread in the loop, over the threads after it
+    total = tl.zeros(
+        (2, 8, GP), tl.float32
+    )  # over the rows of a thread in the loop, over the threads after it
     zeros = total
     size = tl.full((GP,), 1.0, tl.float32)
     acc0 = tl.zeros((64, GP), tl.float32)
@@ -216,7 +236,9 @@ def _decode_kernel(
     block = tl.load(table_row + begin, mask=begin < end, other=0).to(tl.int64)
     if K_SCATTER:
         k_number, k_kept, k_count = key_row(key_index, key_value, key_count, block * H + h, k_entry, K_BASE)
-        k_place, k_delta = key_entry(k_number, k_kept, k_entry, k_count, floor, inverse_size, scratch, D, KW, CPL, KNP, R)
+        k_place, k_delta = key_entry(
+            k_number, k_kept, k_entry, k_count, floor, inverse_size, scratch, D, KW, CPL, KNP, R
+        )
     codes, third = load_words(
         key_codes + (block * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS, not key_inside, KB,
         8, 32, R,
@@ -299,7 +321,9 @@ def _decode_kernel(
             ahead(value_codes + (coming * H + h) * (BS * V_ROW) + line)
         v_codes = value_codes + at * (BS * V_ROW)
         a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
-        b0, tb0 = load_words(v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
+        b0, tb0 = load_words(
+            v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S
+        )
         if V_SCATTER:
             v_entry = (v_begin // 2) * 2 + place
             v_number = tl.load(value_index + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0)
@@ -348,7 +372,9 @@ def _decode_kernel(
                 )  # fmt: skip
         # Of the next block, what its first steps would wait for.
         if K_SCATTER:
-            k_number, k_kept, k_count = key_row(key_index, key_value, key_count, coming * H + h, k_entry, K_BASE)
+            k_number, k_kept, k_count = key_row(
+                key_index, key_value, key_count, coming * H + h, k_entry, K_BASE
+            )
         codes, third = load_words(
             key_codes + (coming * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS,
             not key_inside, KB, 8, 32, R,
@@ -356,9 +382,13 @@ def _decode_kernel(
         a0, b0, ta0, tb0 = flat(a0, S), flat(b0, S), flat(ta0, S), flat(tb0, S)
         v_tables = None if INTERPRET else fetch_tables(tables + 64)
         shift0 = ((group_unit % VNP) * 2)[:, None]
-        w0, w1, w2, w3 = value_words(a0, b0, ta0, tb0, shift0, v_tables, value_centroids, upper, 0, VB, INTERPRET)
+        w0, w1, w2, w3 = value_words(
+            a0, b0, ta0, tb0, shift0, v_tables, value_centroids, upper, 0, VB, INTERPRET
+        )
         acc0 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc0 * fade)
-        w0, w1, w2, w3 = value_words(a0, b0, ta0, tb0, shift0, v_tables, value_centroids, upper, 1, VB, INTERPRET)
+        w0, w1, w2, w3 = value_words(
+            a0, b0, ta0, tb0, shift0, v_tables, value_centroids, upper, 1, VB, INTERPRET
+        )
         acc1 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc1 * fade)
         if UPG == 2:
             unit1 = group_unit + 1
@@ -366,9 +396,13 @@ def _decode_kernel(
             b1, tb1 = load_words(v_codes, r * 4 + 1, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S)
             a1, b1, ta1, tb1 = flat(a1, S), flat(b1, S), flat(ta1, S), flat(tb1, S)
             shift1 = ((unit1 % VNP) * 2)[:, None]
-            w0, w1, w2, w3 = value_words(a1, b1, ta1, tb1, shift1, v_tables, value_centroids, upper, 0, VB, INTERPRET)
+            w0, w1, w2, w3 = value_words(
+                a1, b1, ta1, tb1, shift1, v_tables, value_centroids, upper, 0, VB, INTERPRET
+            )
             acc2 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc2 * fade)
-            w0, w1, w2, w3 = value_words(a1, b1, ta1, tb1, shift1, v_tables, value_centroids, upper, 1, VB, INTERPRET)
+            w0, w1, w2, w3 = value_words(
+                a1, b1, ta1, tb1, shift1, v_tables, value_centroids, upper, 1, VB, INTERPRET
+            )
             acc3 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc3 * fade)
         if V_SCATTER:
             tl.debug_barrier()
@@ -401,8 +435,6 @@ def _decode_kernel(
             )
         block = coming
 
-    if not INTERPRET:
-        bh, split = own_place()
     at_part = (bh * splits + split) * GP + g
     tl.store(part_best + at_part, best)
     UNIT: tl.constexpr = 2.0**-10

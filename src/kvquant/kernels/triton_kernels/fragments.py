@@ -14,7 +14,9 @@ import triton.language as tl
 
 from kvquant.kernels.triton_kernels.lookup import equal, first_half, second_half
 
-STREAM = tl.constexpr(".cg")  # loads of what nobody reads again leave the first cache to the tables that all blocks share
+STREAM = tl.constexpr(
+    ".cg"
+)  # loads of what nobody reads again leave the first cache to the tables that all blocks share
 _CACHED = tl.constexpr("")
 
 

@@ -82,7 +82,9 @@ def _prepare_kernel(
         )
         # What the kernel's fp16 arithmetic makes of code 0: one product and one sum, rounded once.
         first = tl.load(key_centroids).to(tl.float16).to(tl.float32)
-        least = (scale / k_size).to(tl.float16).to(tl.float32) * first + (zero / k_size).to(tl.float16).to(tl.float32)
+        least = (scale / k_size).to(tl.float16).to(tl.float32) * first + (zero / k_size).to(tl.float16).to(
+            tl.float32
+        )
         tl.store(floor + program * D + d, least.to(tl.float16).to(tl.float32), mask=d < D)
         tl.store(unit + program * 2, factor * k_size * q_size)
         tl.store(unit + program * 2 + 1, 1.0 / k_size)
@@ -98,9 +100,7 @@ def _prepare_kernel(
                 mask=(g[None, :] < G) & inside[:, None],
                 other=0.0,
             ).to(tl.float32)
-            to = (
-                (((program * UNITS + n) * 2 + side)[:, None] * GP + g[None, :]) * 16 + (r * 4 + k)[:, None]
-            )
+            to = (((program * UNITS + n) * 2 + side)[:, None] * GP + g[None, :]) * 16 + (r * 4 + k)[:, None]
             tl.store(q_words + to, (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None])
     elif program < heads + ROWS:
         row = program - heads

@@ -15,7 +15,9 @@ import triton.language as tl
 
 STATIC_BYTES = 48 * 1024  # what a kernel may declare
 TABLES = 128  # bytes of two look-up tables, two copies of each
-LARGEST = tl.constexpr(32000.0)  # of a difference: fp16 holds the sum of two products with numbers up to a half
+LARGEST = tl.constexpr(
+    32000.0
+)  # of a difference: fp16 holds the sum of two products with numbers up to a half
 
 
 def matrix_bytes(head_dim: int, block_size: int, key_units: int) -> int:
@@ -50,7 +52,13 @@ def allocate(DECLARATION: tl.constexpr, BYTES: tl.constexpr, look_up):
     for first in tl.static_range(0, BYTES, 1024):
         _store_words(scratch + 128 + first + thread, 0, 0, 0, 0)
     words = look_up + tl.arange(0, 8) * 4
-    _store_words(scratch + tl.arange(0, 8) * 16, tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3))
+    _store_words(
+        scratch + tl.arange(0, 8) * 16,
+        tl.load(words),
+        tl.load(words + 1),
+        tl.load(words + 2),
+        tl.load(words + 3),
+    )
     tl.debug_barrier()
     return scratch
 
@@ -115,7 +123,12 @@ def fetch_values(at, N: tl.constexpr):
         a2, a3, b2, b3 = _four_words(at + 1024)
         c0, c1, d0, d1 = _four_words(at + 2048)
         c2, c3, d2, d3 = _four_words(at + 3072)
-        return _square(a0, b0, c0, d0), _square(a1, b1, c1, d1), _square(a2, b2, c2, d2), _square(a3, b3, c3, d3)
+        return (
+            _square(a0, b0, c0, d0),
+            _square(a1, b1, c1, d1),
+            _square(a2, b2, c2, d2),
+            _square(a3, b3, c3, d3),
+        )
     else:
         a0, a1, a2, a3 = fetch_values(at, N // 2)
         b0, b1, b2, b3 = fetch_values(at + N * 512, N // 2)
@@ -141,9 +154,7 @@ def key_place(number, D: tl.constexpr, W: tl.constexpr, CPL: tl.constexpr, NP: t
 
 
 @triton.jit
-def value_place(
-    t, d, D: tl.constexpr, W: tl.constexpr, NP: tl.constexpr, UPG: tl.constexpr, S: tl.constexpr
-):
+def value_place(t, d, D: tl.constexpr, W: tl.constexpr, NP: tl.constexpr, UPG: tl.constexpr, S: tl.constexpr):
     """Byte of the scratch that channel ``d`` of token ``t`` has: output tile, tokens, half of the channels, thread."""
     x = d % (D // 2)
     unit = ((x % W) // 4) * NP + x // W
@@ -156,17 +167,11 @@ def value_place(
 
 
 @triton.jit
-def own_place():
-    """The program's numbers, read again rather than kept in registers, or in local memory, while blocks go by."""
-    x = tl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    y = tl.inline_asm_elementwise("mov.u32 $0, %ctaid.y;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    return x, y
-
-
-@triton.jit
 def half_add(x, y):
     """The sum of words of two fp16 numbers."""
-    return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
