@@ -17,7 +17,7 @@ inside, relative to the largest key and query of the head, so that bf16 ranges c
 block nor token is prepared once per call (prepare.py).
 
 What a block waits for is asked for before: its number, codes and outliers of keys while the block before is worked on,
-codes and ranges of values by a prefetch into the L2 cache.
+codes of values by a prefetch into the L2 cache.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
@@ -105,23 +105,8 @@ def _unit_scores(
     sx01, sx23, zx01, zx23 = x_affine
     sy01, sy23, zy01, zy23 = y_affine
     k01, k23, l01, l23 = key_words(
-        word,
-        third,
-        tables,
-        centroids,
-        upper,
-        sx01,
-        sx23,
-        zx01,
-        zx23,
-        sy01,
-        sy23,
-        zy01,
-        zy23,
-        SHIFT,
-        BITS,
-        INTERPRET,
-    )
+        word, third, tables, centroids, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, SHIFT, BITS, INTERPRET
+    )  # fmt: skip
     if SCATTER:
         d01, d23, e01, e23 = fetch_keys(differences, N)
         k01 = half_add(k01, tl.reshape(d01, (64, N)))
@@ -158,9 +143,8 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCRATCH: tl.constexpr, MATRIX: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = BS // 16  # registers of a thread for the rows of a block
-    ROWS: tl.constexpr = min(
-        BS, 64
-    )  # keys are rotated by their place among as many tokens, the query by these
+    # Keys are rotated by their place among as many tokens, the query turned back by the place of these.
+    ROWS: tl.constexpr = min(BS, 64)
     N: tl.constexpr = ROWS // 16
     J: tl.constexpr = BS // ROWS
     NG: tl.constexpr = GP // 8
@@ -223,9 +207,8 @@ def _decode_kernel(
     scratch = tables + 128
 
     best = tl.full((GP,), -float("inf"), tl.float32)
-    total = tl.zeros(
-        (2, 8, GP), tl.float32
-    )  # over the rows of a thread in the loop, over the threads after it
+    # Over the rows of a thread in the loop, over the threads after it.
+    total = tl.zeros((2, 8, GP), tl.float32)
     zeros = total
     size = tl.full((GP,), 1.0, tl.float32)
     acc0 = tl.zeros((64, GP), tl.float32)
@@ -233,7 +216,9 @@ def _decode_kernel(
     acc2 = acc0
     acc3 = acc0
     table_row = block_table + b * table_stride
+    # Numbers of blocks are read two ahead.
     block = tl.load(table_row + begin, mask=begin < end, other=0).to(tl.int64)
+    coming = tl.load(table_row + tl.minimum(begin + 1, end - 1), mask=begin < end, other=0).to(tl.int64)
     if K_SCATTER:
         k_number, k_kept, k_count = key_row(key_index, key_value, key_count, block * H + h, k_entry, K_BASE)
         k_place, k_delta = key_entry(
@@ -245,10 +230,13 @@ def _decode_kernel(
     )  # fmt: skip
 
     for column in range(begin, end):
-        coming = tl.load(table_row + tl.minimum(column + 1, end - 1)).to(tl.int64)
+        after = tl.load(table_row + tl.minimum(column + 2, end - 1)).to(tl.int64)
         at = block * H + h
         first_slot = first_visible - column * BS
         end_slot = length - column * BS
+        ranges = block * BS * VG + value_group
+        v_scale = score_side(rows_of(value_scale + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
+        v_zero = score_side(rows_of(value_zero + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
         if V_ENTRIES > 0:
             # An open block lists all heads' entries token by token, a closed one those of each head together.
             ends = value_end + block * H
@@ -256,6 +244,10 @@ def _decode_kernel(
             v_begin = tl.load(ends + h - 1, mask=h > 0, other=0)
             v_end = tl.where(closed, tl.load(ends + h), tl.minimum(end_slot, BS) * V_ENTRIES)
             entries = block * (BS * V_ENTRIES)
+        if not INTERPRET:
+            line = tl.minimum(tl.arange(0, LINES) * 128, BS * V_ROW - 1)
+            ahead(value_codes + (coming * H + h) * (BS * V_ROW) + line)
+
         # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
         if K_SCATTER:
             k_live = k_entry < tl.minimum(k_count, K_BASE)
@@ -310,15 +302,6 @@ def _decode_kernel(
                 floor, inverse_size, offset_cos, offset_sin, wide_bases + column * (J * D), GP, D, K_BASE, ROTATED, R,
                 INTERPRET,
             )  # fmt: skip
-        ranges = block * BS * VG + value_group
-        v_scale = score_side(rows_of(value_scale + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
-        v_zero = score_side(rows_of(value_zero + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
-        if not INTERPRET:
-            own = coming * BS * VG + value_group + slot * VG
-            ahead(value_scale + own)
-            ahead(value_zero + own)
-            line = tl.minimum(tl.arange(0, LINES) * 128, BS * V_ROW - 1)
-            ahead(value_codes + (coming * H + h) * (BS * V_ROW) + line)
         v_codes = value_codes + at * (BS * V_ROW)
         a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
         b0, tb0 = load_words(
@@ -434,6 +417,7 @@ def _decode_kernel(
                 k_number, k_kept, k_entry, k_count, floor, inverse_size, scratch, D, KW, CPL, KNP, R
             )
         block = coming
+        coming = after
 
     at_part = (bh * splits + split) * GP + g
     tl.store(part_best + at_part, best)
