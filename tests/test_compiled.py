@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -193,6 +194,31 @@ def test_ties_are_split_equally(plain, dtype, levels, channels, n):
         assert not torch.signbit(ours[1][ours[1] == 0]).any()
 
 
+def test_kept_machine_code_belongs_to_the_sources_of_all_loops(monkeypatch):
+    from kvquant.compiled import disk_cache
+    from kvquant.compiled.select_loops import sort_few
+
+    sort_few(np.zeros(3, np.int64))
+    (signature, *_), target = sort_few.signatures, sort_few.targetdescr.target_context
+    assert isinstance(sort_few._cache, disk_cache.SharedCache)
+    assert sort_few._cache.load_overload(signature, target) is not None
+    monkeypatch.setattr(disk_cache, "_SOURCES", "others")
+    assert sort_few._cache.load_overload(signature, target) is None
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch):
+    from kvquant.compiled import disk_cache
+    from kvquant.compiled.select_loops import sort_few
+
+    def full(*args):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(disk_cache.fcntl, "flock", full)
+    keys = np.array([3, 1, 2], np.int32)  # a type that nothing else sorts
+    sort_few(keys)
+    assert keys.tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 30, 49, 50, 149, 151, 4096])
 def test_any_number_is_sorted(count):
     from kvquant.compiled.select_loops import sort_few
@@ -232,12 +258,12 @@ def test_bits_are_seen_as_integers_in_the_order_of_the_floats():
 
 
 def test_without_numba_pytorch_says_so_once(monkeypatch, caplog):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
     compiled.has_numba.cache_clear()
     with caplog.at_level(logging.WARNING, "kvquant.compiled"):
         assert not any(compiled.can_compile(torch.zeros(3)) for _ in range(3))
     compiled.has_numba.cache_clear()
-    assert [record.getMessage().startswith("numba is not installed") for record in caplog.records] == [True]
+    assert [record.getMessage().startswith("numba cannot be used") for record in caplog.records] == [True]
 
 
 def test_other_elements_take_pytorch():

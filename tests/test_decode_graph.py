@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvquant.errors import ModelError
+from kvquant.errors import ModelError, NonFiniteActivations
 from kvquant.models import QuantizedCache, quantized_kv_cache
 from kvquant.models.decode_graph import DecodeGraph, record_cuda_graph
 from small_models import exact, prompts_of, quantized, small_model
@@ -103,6 +103,28 @@ def test_steps_that_would_fill_a_block_are_refused() -> None:
         with pytest.raises(ModelError, match=r"60 of its 64 slots are taken and 4 more.*decode_steps=3"):
             DecodeGraph(model, cache, first, 4, record=repeated)
         assert cache.length(cache.rows[0]) == 60
+
+
+def test_an_error_of_a_repetition_meets_no_later_call() -> None:
+    model = small_model("llama-gqa-llama3")
+    with torch.inference_mode(), quantized_kv_cache(model, quantized(model)) as kv:
+        cache = kv.new_cache(num_blocks=20, max_sequences=1, block_size=64)
+        first = cache.append(prompts_of([9])).argmax(-1)
+
+        def overflows(work: Callable[[], None]) -> Callable[[], None]:
+            def run() -> None:
+                work()
+                cache.pools[0].error[0, 0] = broken
+
+            return run
+
+        graph = DecodeGraph(model, cache, first, 2, record=overflows)
+        broken = 1
+        with pytest.raises(NonFiniteActivations):
+            graph()
+        broken = 0
+        graph()
+        cache.append([[1]])
 
 
 def watched_steps(stored: Any) -> list[str]:

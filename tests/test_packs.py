@@ -135,12 +135,16 @@ def test_a_job_that_was_queued_again_leaves_its_own_failures_and_runs_earlier_on
 ) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     expected = {("ok", None): True, ("failed", "8_1"): True, ("out_of_memory", "8_1"): True}
     expected |= {("failed", "7_1"): False, ("interrupted", "8_1"): False, ("running", "8_1"): False}
     for number, ((status, job), over) in enumerate(expected.items()):
         finish(tmp_path / str(number), status, job)
         assert is_over(tmp_path / str(number)) is over, (status, job)
     assert not is_over(tmp_path / "never")
+    # The first sweep and its resuming in one allocation are in one job, which was never queued again.
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert not is_over(tmp_path / "1")
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     finish(tmp_path / "here", "failed")

@@ -290,3 +290,14 @@ if __name__ == "__main__":
     for name in ("ragged, groups", "sinks"):
         before, after = not_finite_beside(cases[name], "cpu")
         assert bool(before.isfinite().all()) and torch.equal(before, after), name
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("columns", [8, 16, 32])
+def test_what_a_kernel_declares_and_what_triton_needs_fit_together(block_size: int, columns: int) -> None:
+    from kvquant.kernels.triton_kernels.scratch import TABLES, matrix_bytes
+
+    weights = 2 * block_size * columns * 2  # of a block, as operands of two products
+    declared = TABLES + matrix_bytes(128, block_size, 4, columns)
+    assert declared + weights <= 48 * 1024
+    assert (declared > TABLES) is not (block_size == 128 and columns == 32)

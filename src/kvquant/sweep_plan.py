@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -196,9 +197,11 @@ def is_over(run_dir: Path) -> bool:
         result = load_result(run_dir)
     except ResultError:
         return False
+    # Only a job that was queued again has a past; inside an allocation (salloc) every sweep is in the same job.
+    again = own_job() is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     ended = result["status"] in ("failed", "out_of_memory")
     return result["status"] == "ok" or (
-        ended and result["provenance"].get("slurm_job") == own_job() is not None
+        again and ended and result["provenance"].get("slurm_job") == own_job()
     )
 
 

@@ -260,13 +260,18 @@ def inspect_kernel(kernel: Any) -> Row:
         "registers": found["REG"],
         "spills": kinds["STL"] + kinds["LDL"],
         "stack_bytes": found["STACK"],
-        "shared_bytes": kernel.metadata.shared,
+        "shared_bytes": kernel.metadata.shared + _declared(kernel.asm["ptx"]),
         "loads": len(loads),
         "loads_128_bit": sum("128" in op for op in loads),
         "hmma": kinds["HMMA"],
         "wgmma": kinds["HGMMA"],
         "instructions": len(operations),
     }
+
+
+def _declared(ptx: str) -> int:
+    """Bytes of shared memory that a kernel's own assembly declares, beside those that Triton asks for."""
+    return sum(int(size) for size in re.findall(r"\.shared [^;\n]*\[(\d+)\];", ptx))
 
 
 def _cuobjdump(option: str, path: str) -> str:

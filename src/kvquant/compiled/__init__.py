@@ -14,7 +14,7 @@ cache). Tensors on other devices, other dtypes, or a Python without numba take t
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import logging
 import threading
 from collections.abc import Callable
@@ -42,14 +42,17 @@ def can_compile(x: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def has_numba() -> bool:
-    """Whether numba is installed; a warning the first time if it is not."""
-    found = importlib.util.find_spec("numba") is not None
-    if not found:
+    """Whether numba can be used; a warning the first time if it cannot."""
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
         log.warning(
-            "numba is not installed: quantizing on this CPU runs in plain PyTorch, with equal results and several times "
-            "slower; pip install numba"
+            "numba cannot be used (%s): quantizing on this CPU runs in plain PyTorch, with equal results and several "
+            "times slower; pip install numba",
+            error,
         )
-    return found
+        return False
+    return True
 
 
 def loop(function: Callable[..., Any]) -> Any:
@@ -65,11 +68,14 @@ def float_loop(function: Callable[..., Any]) -> Any:
 def _compile(function: Callable[..., Any], **options: Any) -> Any:
     import numba
 
+    from kvquant.compiled.disk_cache import SharedCache
+
+    dispatcher = numba.njit(nogil=True, **options)(function)
     try:
-        return numba.njit(nogil=True, cache=True, **options)(function)
+        dispatcher._cache = SharedCache(function)
     except RuntimeError as error:  # neither the sources' folder nor the user's cache can be written
         log.warning("compiled again in every process: %s", error)
-        return numba.njit(nogil=True, **options)(function)
+    return dispatcher
 
 
 def raw(x: Tensor) -> NDArray[Any]:

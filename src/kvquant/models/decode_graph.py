@@ -103,9 +103,16 @@ class DecodeGraph:
         """
         for tensor, before in self._before:
             tensor.copy_(before)
-        self._replay()
+        # Nothing is pending that an error could be rolled back with: its word must not meet a later call.
         for pool in self._cache.pools:
-            pool.check()
+            pool.error.zero_()
+        self._replay()
+        try:
+            for pool in self._cache.pools:
+                pool.check()
+        finally:
+            for pool in self._cache.pools:
+                pool.error.zero_()
 
     def _steps(self) -> None:
         chosen = [self._first]

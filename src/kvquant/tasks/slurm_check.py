@@ -96,11 +96,10 @@ def cost_check(
     hours = minutes_per_point / 60
     cost = points * gpus * hours
     found = f"{points} points x {gpus} GPU x {hours:g} h = {cost:g} GPU-hours"
-    job_min = points_per_job * minutes_per_point
+    largest = -(-points // -(-points // points_per_job))  # points are dealt out evenly
+    job_min = largest * minutes_per_point
     if job_min > limit_min:
-        found += (
-            f"; a job of {points_per_job} takes {job_min / 60:g} h, beyond its limit of {limit_min / 60:g} h"
-        )
+        found += f"; a job of {largest} takes {job_min / 60:g} h, beyond its limit of {limit_min / 60:g} h"
     return Check("cost", job_min <= limit_min, found), cost
 
 

@@ -180,7 +180,9 @@ def attend_decode(
     VW = _plane_bytes(D, layer.value_bits)
     sink_tokens = 0 if sinks is None else sinks[0].shape[1]
     outliers = keys.outlier_index.shape[-1] > 0 or values.outlier_index.shape[-1] > 0
-    matrix = scratch.matrix_bytes(D, block_size, prepared[0].shape[1]) if outliers and not INTERPRET else 0
+    matrix = (
+        scratch.matrix_bytes(D, block_size, prepared[0].shape[1], GP) if outliers and not INTERPRET else 0
+    )
     decode._decode_kernel[(B * H, splits)](
         *prepared, *((constants.key_zero,) * 2 if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
         keys.codes, keys.outlier_count, keys.outlier_index, keys.outlier_value,

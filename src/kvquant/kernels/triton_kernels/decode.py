@@ -296,6 +296,8 @@ def _decode_kernel(
                     k_count - K_BASE, tl.load(spill_head + at), spill_next, spill_index, spill_value, floor,
                     inverse_size, scratch, D, KW, CPL, KNP, R, True,
                 )  # fmt: skip
+            if not V_SCATTER:
+                tl.debug_barrier()
         elif K_BASE > 0:
             scores = key_products(
                 scores, key_count, key_index, key_value, spill_head, spill_next, spill_index, spill_value, at, q_half,

@@ -34,19 +34,20 @@ def _store_table(look_up, centroids, BITS: tl.constexpr):
 def _prepare_kernel(
     # [B, H, G, D]; [H, D] twice; centroids; rotary tables fp32 [>= BS, D/2] twice, [tiles, D/2] twice
     query, key_zero, key_scale, key_centroids, value_centroids, offset_cos, offset_sin, base_cos, base_sin,
-    # Results, fp16 unless said otherwise: [BH, units, GP, 4 r, (x, y) * 4 k], [BH, D, GP],
+    # Results, fp16 unless said otherwise: [BH, units, (x, y), GP, 4 r, 4 k], [BH, D, GP],
     # [BH, units, 4 r, (scale x, zero x, scale y, zero y) * 4 k], fp32 [BH, D], fp32 [BH, 2],
-    # [BS, units, 4 r, (cos, sin) * 4 k], [M, units, 4 r, (cos, sin) * 4 k], fp32 [M, (cos, sin), D/2]
+    # [units, ROWS / 16, 64 threads, (cos, sin) * 4 k], [M, units, (cos, sin), 4 r, 4 k], fp32 [M, (cos, sin), D/2],
+    # int32 [(keys, values), (low, high bytes), 2 copies, 4]; M counts ROWS tokens each
     q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up,
     heads, H, bpt, factor,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
     CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
 ):  # fmt: skip
-    """Programs below ``heads`` serve a (sequence, KV head), the next BS a row of the in-block table, the rest a block.
+    """Programs below ``heads`` serve a (sequence, KV head), the next ROWS a row of the table of places, the rest ROWS tokens.
 
     Queries and keys are scaled by the head's largest so that fp16 holds them; ``unit[0]`` undoes that and carries
-    ``factor`` (the softmax scale, times log2(e) where nothing comes between). A block's base is the angle of its first
-    token: queries are turned back by it, keys on by their place in the block.
+    ``factor`` (the softmax scale, times log2(e) where nothing comes between). The base of ROWS tokens is the angle
+    of the first: queries are turned back by it, keys on by their place among these.
     """
     HALF: tl.constexpr = D // 2
     UNITS: tl.constexpr = CPL * NP

@@ -13,22 +13,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-STATIC_BYTES = 48 * 1024  # what a kernel may declare
+STATIC_BYTES = 48 * 1024  # what a kernel may have unless it asks for more
 TABLES = 128  # bytes of two look-up tables, two copies of each
 LARGEST = tl.constexpr(
     32000.0
 )  # of a difference: fp16 holds the sum of two products with numbers up to a half
 
 
-def matrix_bytes(head_dim: int, block_size: int, key_units: int) -> int:
+def matrix_bytes(head_dim: int, block_size: int, key_units: int, columns: int) -> int:
     """Bytes of the matrix, which keys and values take turns with; 0 if a kernel may not declare as many.
 
     Args:
         key_units: units (lookup.py) of a row of keys that one lane of four decodes.
+        columns: query heads that a program serves, with padding.
     """
+    # Triton's own share: weights of a block on their way into two products, and sums. Only what it asks for itself may
+    # go beyond the limit.
+    dynamic = 2 * block_size * columns * 2 + 1024
     values = (1 if head_dim <= 128 else 2) * 2 * (block_size // 8)
     size = 1024 * max(key_units * (block_size // 16), values)
-    return size if size + TABLES <= STATIC_BYTES else 0
+    return size if size + TABLES + dynamic <= STATIC_BYTES else 0
 
 
 def declaration(matrix: int) -> str:
