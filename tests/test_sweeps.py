@@ -274,7 +274,8 @@ class TestCommandLine:
             (1, None, True, 288.0, "24 points x 1 GPU x 12 h = 288 GPU-hours at most"),
             (5, None, True, 60.0, "24 points in 5 jobs x 1 GPU x 12 h = 60 GPU-hours at most"),
             (5, 30, True, 12.0, "24 points x 1 GPU x 0.5 h = 12 GPU-hours"),
-            (25, 30, False, 12.0, "a job of 25 takes 12.5 h, beyond its limit of 12 h"),
+            (25, 30, True, 12.0, "24 points x 1 GPU x 0.5 h = 12 GPU-hours"),
+            (25, 31, False, 12.4, "a job of 24 takes 12.4 h, beyond its limit of 12 h"),
         ],
     )
     def test_slurm_check_counts_what_a_sweep_costs(
@@ -283,7 +284,7 @@ class TestCommandLine:
         from kvquant.tasks.slurm_check import cost_check
 
         check, hours = cost_check(24, per_job, 1, minutes, 720)
-        assert (check.ok, hours) == (ok, cost) and says in check.found
+        assert (check.ok, hours) == (ok, pytest.approx(cost)) and says in check.found, check.found
 
     def test_a_sweep_into_a_used_folder_costs_one_line(self, tmp_path: Path) -> None:
         sweep = ("-m", "task.tokens=1", "hydra.sweep.dir=s")

@@ -144,18 +144,19 @@ def test_overlapping_windows_predict_every_token_once(run) -> None:
     assert metrics["compared_tokens"] == 249
 
 
-def test_perplexity_rises_as_bits_fall(run) -> None:
-    excess = [
+def test_divergence_rises_as_bits_fall(run) -> None:
+    # Perplexity need not, on two windows: another order of sums in a matrix product moves it as much as a bit does.
+    divergence = [
         run(
             "task=perplexity",
             "task.max_tokens=2048",
             "task.window=1024",
             f"quant.bits={bits}",
             "data.calibration_tokens=4096",
-        )["metrics"]["perplexity_quantized"]
+        )["metrics"]["kl_mean"]
         for bits in (4, 3, 2)
     ]
-    assert excess == sorted(excess)
+    assert divergence == sorted(divergence) and divergence[0] > 0
 
 
 def test_generate_compares_two_continuations(run) -> None:
