@@ -1,7 +1,8 @@
 """Decode attention of the triton backend against fp64 over the same blocks, dequantized.
 
-Its error may be twice that of the same computation in the input's dtype, no more. Triton's interpreter must be chosen before triton is imported, so that the cases run in a process of their own (this
-file as a script); on a GPU the same cases run compiled, and larger ones.
+Its error may be twice that of the same computation in the input's dtype, no more. Triton's interpreter must be chosen
+before triton is imported, so that the cases run in a process of their own (this file as a script); on a GPU the same
+cases run compiled, and larger ones.
 """
 
 from __future__ import annotations
@@ -41,28 +42,22 @@ class Case:
     block_size: int = 64
     dtype: torch.dtype = torch.float16
     spilled: bool = False
-    # What the error may be of that of the same computation in the input's dtype (dense_attention.py).
-    most: float = 2.0
-    # The same on a GPU, where differences of outliers are fp16 numbers: seen 2.07 and 2.33 where more is asked for.
-    most_on_gpu: float | None = None
 
 
 # Enough query heads in each that the ratio of two errors is not one of two accidents.
 SMALL = {
     "ragged, groups": Case((1, 70, 130), bits=4, groups=2),
     "2 bits": Case((63, 130), bits=2, fraction=0.02, groups=5),
-    "3 bits, many outliers": Case((5, 200), fraction=0.05, groups=4, spilled=True, most_on_gpu=2.5),
+    "3 bits, many outliers": Case((5, 200), fraction=0.05, groups=4, spilled=True),
     "keys and values apart": Case((65,), bits=4, value_bits=2, heads=1, groups=12),
     "sinks": Case((2, 65), head_dim=128, heads=1, groups=7, sinks=3),
     "window and cap": Case((200, 9), bits=4, heads=1, groups=8, window=50, softcap=5.0),
-    # Without a rotation the dtype's way rounds nothing of an outlier, the kernel its difference to code 0 (3.5 seen). No
-    # supported model leaves keys as they are.
-    "no rotation, value groups": Case(
-        (100,), bits=4, head_dim=80, rotated=False, value_groups=2, groups=4, most=4.0
-    ),
+    "no rotation, value groups": Case((100,), bits=4, head_dim=80, rotated=False, value_groups=2, groups=4),
     "no outliers": Case((100,), bits=2, head_dim=96, heads=1, groups=6, fraction=0.0),
     "scaled rotation": Case((100,), head_dim=80, heads=1, groups=8, scaling=1.3),
     "small blocks": Case((31, 32, 33), bits=4, heads=2, groups=4, block_size=32),
+    "large blocks": Case((5, 140), bits=4, heads=1, groups=4, block_size=128),
+    "no room for a matrix of outliers": Case((140,), fraction=0.02, heads=1, groups=17, block_size=128),
 }
 LARGE = {
     "one token": Case((1,), bits=4, head_dim=128, heads=8, groups=4, dtype=torch.bfloat16),
@@ -76,7 +71,7 @@ LARGE = {
     },
     "llama 3 shape": Case((1, 500, 2100), bits=4, head_dim=128, heads=8, groups=4, dtype=torch.bfloat16),
     "llama 2 shape": Case((63, 64, 65), bits=3, head_dim=128, heads=32, dtype=torch.bfloat16),
-    "wide heads": Case((130, 1000), bits=2, head_dim=256, heads=4, groups=2, most_on_gpu=2.5),
+    "wide heads": Case((130, 1000), bits=2, head_dim=256, heads=4, groups=2),
 }
 
 
@@ -216,7 +211,7 @@ def test_decode_in_the_interpreter_is_as_good_as_the_dtype() -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("case", [*SMALL.values(), *LARGE.values()], ids=[*SMALL, *LARGE])
 def test_decode_on_a_gpu_is_as_good_as_the_dtype(case: Case, splits: int) -> None:
-    assert error_of(case, "cuda", splits) <= (case.most_on_gpu or case.most)
+    assert error_of(case, "cuda", splits) <= 2
 
 
 @pytest.mark.gpu
@@ -269,6 +264,17 @@ def test_what_the_decode_kernel_is_not_for_is_said(changes: dict[str, int], reas
     assert done.returncode != 0 and reason in done.stderr
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("columns", [8, 16, 32])
+def test_what_a_kernel_declares_and_what_triton_needs_fit_together(block_size: int, columns: int) -> None:
+    from kvquant.kernels.triton_kernels.scratch import TABLES, matrix_bytes
+
+    weights = 2 * block_size * columns * 2  # of a block, as operands of two products
+    declared = TABLES + matrix_bytes(128, block_size, 4, columns)
+    assert declared + weights <= 48 * 1024
+    assert (declared > TABLES) is not (block_size == 128 and columns == 32)
+
+
 if __name__ == "__main__":
     cases = SMALL
     if len(sys.argv) > 1:
@@ -286,18 +292,7 @@ if __name__ == "__main__":
         sys.exit(decode_refusal(torch.zeros(1, 2, D), layer, None, size))
     worst = {name: max(error_of(case, "cpu", splits) for splits in (1, 3)) for name, case in cases.items()}
     print(worst)
-    assert all(error <= cases[name].most for name, error in worst.items())
+    assert all(error <= 2 for error in worst.values())
     for name in ("ragged, groups", "sinks"):
         before, after = not_finite_beside(cases[name], "cpu")
         assert bool(before.isfinite().all()) and torch.equal(before, after), name
-
-
-@pytest.mark.parametrize("block_size", [32, 64, 128])
-@pytest.mark.parametrize("columns", [8, 16, 32])
-def test_what_a_kernel_declares_and_what_triton_needs_fit_together(block_size: int, columns: int) -> None:
-    from kvquant.kernels.triton_kernels.scratch import TABLES, matrix_bytes
-
-    weights = 2 * block_size * columns * 2  # of a block, as operands of two products
-    declared = TABLES + matrix_bytes(128, block_size, 4, columns)
-    assert declared + weights <= 48 * 1024
-    assert (declared > TABLES) is not (block_size == 128 and columns == 32)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from kvquant.kernels import KeyStore, LayerConstants, Rope, StoredLayer, ValueStore
 from kvquant.kernels.tiled_attention import attend_tiled
-from kvquant.kernels.triton_kernels import decode, prepare, scratch
+from kvquant.kernels.triton_kernels import decode, merge, prepare, scratch
 from kvquant.kernels.triton_kernels.exact_decode import attend_exact_decode, exact_refusal
+from kvquant.kernels.triton_kernels.lookup import INTERPRET
 from kvquant.kernels.triton_kernels.prefill import attend_prefill, prefill_refusal
 from kvquant.packing import packed_row_bytes, plane_widths
 from kvquant.ragged import RaggedStep
 
 DECODE_BITS = (2, 3, 4)
-INTERPRET = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
 # Six programs of 64 threads share a multiprocessor with as many registers each. Eight with 128 took as long on an H100,
 # but some are spilled then.
 _REGISTERS, _RESIDENT = 168, 6
@@ -180,11 +180,11 @@ def attend_decode(
     VW = _plane_bytes(D, layer.value_bits)
     sink_tokens = 0 if sinks is None else sinks[0].shape[1]
     outliers = keys.outlier_index.shape[-1] > 0 or values.outlier_index.shape[-1] > 0
-    matrix = (
-        scratch.matrix_bytes(D, block_size, prepared[0].shape[1], GP) if outliers and not INTERPRET else 0
-    )
+    matrix = scratch.matrix_bytes(D, block_size, prepared[0].shape[1], GP) if outliers else 0
+    # On a GPU each program has its own, in shared memory.
+    memory = torch.zeros(scratch.TABLES + matrix, dtype=torch.uint8) if INTERPRET else prepared[-1]
     decode._decode_kernel[(B * H, splits)](
-        *prepared, *((constants.key_zero,) * 2 if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
+        *prepared, memory, *((constants.key_zero,) * 2 if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
         keys.codes, keys.outlier_count, keys.outlier_index, keys.outlier_value,
         keys.spill_head, keys.spill_next, keys.spill_index, keys.spill_value, constants.key_centroids,
         values.codes, values.zero, values.scale, values.outlier_index, values.outlier_value, values.outlier_end,
@@ -196,16 +196,15 @@ def attend_decode(
         KW=KW, VW=VW, K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1],
         K_BASE=keys.outlier_index.shape[-1], K_PLACES=max(64, triton.next_power_of_2(keys.outlier_index.shape[-1])),
         V_ENTRIES=values.outlier_index.shape[-1],
-        ROTATED=rope is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-        SCRATCH="" if INTERPRET else scratch.declaration(matrix), MATRIX=matrix,
-        INTERPRET=INTERPRET, num_warps=decode.WARPS, num_stages=1, maxnreg=_REGISTERS,
+        ROTATED=rope is not None, HALF_QUERY=query.dtype == torch.float16, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+        SCRATCH=scratch.declaration(matrix), MATRIX=matrix, num_warps=decode.WARPS, num_stages=1, maxnreg=_REGISTERS,
     )  # fmt: skip
     if sinks is not None and sink_tokens:
         part = _attend_sinks(q.float(), sinks, kv_lengths, rope, softmax_scale, softcap, window, H, GP)
         best, total, out = (torch.cat([x, y], dim=2) for x, y in zip((best, total, out), part, strict=True))
         splits += 1
     merged = torch.empty_like(query, memory_format=torch.contiguous_format)
-    decode._merge_kernel[(B * Hq,)](
+    merge._merge_kernel[(B * Hq,)](
         best, total, out, merged, splits, G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=4
     )
     return merged

@@ -30,28 +30,19 @@ from kvquant.kernels.triton_kernels.fragments import (
     all_rows,
     channel_of_row,
     column_of,
-    flat,
     four_columns,
-    key_side,
     load_words,
-    query_side,
     row_groups,
     rows_of,
     score_side,
     stack,
-    turned,
     two_words,
-    value_side,
 )
-from kvquant.kernels.triton_kernels.lookup import key_words, value_words
 from kvquant.kernels.triton_kernels.outlier_products import key_products, value_products
 from kvquant.kernels.triton_kernels.scratch import (
     ahead,
     allocate,
-    fetch_keys,
     fetch_tables,
-    fetch_values,
-    half_add,
     key_chain,
     key_entry,
     key_row,
@@ -59,6 +50,7 @@ from kvquant.kernels.triton_kernels.scratch import (
     value_entry,
     value_rest,
 )
+from kvquant.kernels.triton_kernels.units import unit_codes, unit_differences, unit_scores, unit_sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
 WEIGHT_BITS = tl.constexpr(10.0)  # weights are at most 2^10: fp16 holds smaller ones so
@@ -92,42 +84,10 @@ def _any_row(x, BS: tl.constexpr, GP: tl.constexpr):
     return tl.max(tl.max(tl.reshape(x, (BS // 32, 2, 2, 8, GP)), 2), 0)
 
 
-@triton.jit
-def _unit_scores(
-    scores, word, third, tables, centroids, upper, x_affine, y_affine, x, y, turn, base, differences,
-    SHIFT: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, SCATTER: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Scores of 16 N tokens, [16 N, GP], with one unit of their keys more: eight channels of each of four lanes.
-
-    Keys are rotated by their place among these, the query is turned back by the angle ``base`` of the first.
-    """
-    sx01, sx23, zx01, zx23 = x_affine
-    sy01, sy23, zy01, zy23 = y_affine
-    k01, k23, l01, l23 = key_words(
-        word, third, tables, centroids, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23, SHIFT, BITS, INTERPRET
-    )  # fmt: skip
-    if SCATTER:
-        d01, d23, e01, e23 = fetch_keys(differences, N)
-        k01 = half_add(k01, tl.reshape(d01, (64, N)))
-        k23 = half_add(k23, tl.reshape(d23, (64, N)))
-        l01 = half_add(l01, tl.reshape(e01, (64, N)))
-        l23 = half_add(l23, tl.reshape(e23, (64, N)))
-    x01, x23 = x
-    y01, y23 = y
-    if ROTATED:
-        l01, l23, k01, k23 = turned(l01, l23, k01, k23, turn[0], turn[1], turn[2], turn[3], INTERPRET)
-        cos01, cos23 = two_words(tl.load(base)[:, None])
-        sin01, sin23 = two_words(tl.load(base + 4)[:, None])
-        x01, x23, y01, y23 = turned(x01, x23, y01, y23, cos01, cos23, sin01, sin23, INTERPRET)
-    scores = tl.dot(key_side(k01, k23, N), query_side(x01, x23, NG), scores)
-    return tl.dot(key_side(l01, l23, N), query_side(y01, y23, NG), scores)
-
-
 @triton.jit(do_not_specialize=["splits", "sink_tokens", "window", "table_stride"])
 def _decode_kernel(
     # Prepared for this call
-    q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up,
+    q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up, memory,
     offset_cos, offset_sin, block_table, kv_lengths,
     # Keys
     key_codes, key_count, key_index, key_value, spill_head, spill_next, spill_index, spill_value, key_centroids,
@@ -139,8 +99,8 @@ def _decode_kernel(
     H, VG, splits, upper,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     KW: tl.constexpr, VW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_BASE: tl.constexpr, K_PLACES: tl.constexpr, V_ENTRIES: tl.constexpr, ROTATED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCRATCH: tl.constexpr, MATRIX: tl.constexpr, INTERPRET: tl.constexpr,
+    K_BASE: tl.constexpr, K_PLACES: tl.constexpr, V_ENTRIES: tl.constexpr, ROTATED: tl.constexpr, HALF_QUERY: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCRATCH: tl.constexpr, MATRIX: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = BS // 16  # registers of a thread for the rows of a block
     # Keys are rotated by their place among as many tokens, the query turned back by the place of these.
@@ -201,9 +161,7 @@ def _decode_kernel(
     inverse_size = tl.load(unit + bh * 2 + 1)
     v_first = tl.load(value_centroids)
     value_group = h * VG // H
-    tables = tl.zeros((), tl.int32)
-    if not INTERPRET:
-        tables = allocate(SCRATCH, MATRIX, look_up)
+    tables = allocate(SCRATCH, MATRIX, look_up, memory)
     scratch = tables + 128
 
     best = tl.full((GP,), -float("inf"), tl.float32)
@@ -244,9 +202,8 @@ def _decode_kernel(
             v_begin = tl.load(ends + h - 1, mask=h > 0, other=0)
             v_end = tl.where(closed, tl.load(ends + h), tl.minimum(end_slot, BS) * V_ENTRIES)
             entries = block * (BS * V_ENTRIES)
-        if not INTERPRET:
-            line = tl.minimum(tl.arange(0, LINES) * 128, BS * V_ROW - 1)
-            ahead(value_codes + (coming * H + h) * (BS * V_ROW) + line)
+        line = tl.minimum(tl.arange(0, LINES) * 128, BS * V_ROW - 1)
+        ahead(value_codes + (coming * H + h) * (BS * V_ROW) + line)
 
         # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
         if K_SCATTER:
@@ -258,7 +215,7 @@ def _decode_kernel(
                     inverse_size, scratch, D, KW, CPL, KNP, R, False,
                 )  # fmt: skip
             tl.debug_barrier()
-        k_tables = None if INTERPRET else fetch_tables(tables)
+        k_tables = fetch_tables(tables)
         s0 = tl.zeros((ROWS, GP), tl.float32)
         s1 = s0
         for c in tl.static_range(CPL):
@@ -278,14 +235,14 @@ def _decode_kernel(
                     turn = four_columns(stack(t, True, 256, 512, N, False), N, 64)
                 base = base_words + (column * (J * UNITS) + n) * 8 + lane % 4
                 place_n = scratch + (n * R) * 1024 + thread * 16
-                s0 = _unit_scores(
+                s0 = unit_scores(
                     s0, words[0], thirds[0], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn, base, place_n,
-                    2 * half, N, NG, KB, ROTATED, K_SCATTER, INTERPRET,
+                    2 * half, N, NG, KB, ROTATED, HALF_QUERY, K_SCATTER,
                 )  # fmt: skip
                 if J == 2:
-                    s1 = _unit_scores(
+                    s1 = unit_scores(
                         s1, words[1], thirds[1], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn,
-                        base + UNITS * 8, place_n + 4096, 2 * half, N, NG, KB, ROTATED, K_SCATTER, INTERPRET,
+                        base + UNITS * 8, place_n + 4096, 2 * half, N, NG, KB, ROTATED, HALF_QUERY, K_SCATTER,
                     )  # fmt: skip
         scores = all_rows(s0, s1, J, GP)
         if K_SCATTER:
@@ -302,13 +259,9 @@ def _decode_kernel(
             scores = key_products(
                 scores, key_count, key_index, key_value, spill_head, spill_next, spill_index, spill_value, at, q_half,
                 floor, inverse_size, offset_cos, offset_sin, wide_bases + column * (J * D), GP, D, K_BASE, ROTATED, R,
-                INTERPRET,
             )  # fmt: skip
         v_codes = value_codes + at * (BS * V_ROW)
-        a0, ta0 = load_words(v_codes, r * 4, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S)
-        b0, tb0 = load_words(
-            v_codes, r * 4 + 1, group_unit // VNP, VW, V_ROW, V_WORDS, D != 128, VB, 2, 16, S
-        )
+        words_of_unit = unit_codes(v_codes, r, group_unit, VW, V_ROW, V_WORDS, D != 128, VNP, VB, S)
         if V_SCATTER:
             v_entry = (v_begin // 2) * 2 + place
             v_number = tl.load(value_index + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0)
@@ -364,42 +317,31 @@ def _decode_kernel(
             key_codes + (coming * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS,
             not key_inside, KB, 8, 32, R,
         )  # fmt: skip
-        a0, b0, ta0, tb0 = flat(a0, S), flat(b0, S), flat(ta0, S), flat(tb0, S)
-        v_tables = None if INTERPRET else fetch_tables(tables + 64)
-        shift0 = ((group_unit % VNP) * 2)[:, None]
-        w0, w1, w2, w3 = value_words(
-            a0, b0, ta0, tb0, shift0, v_tables, value_centroids, upper, 0, VB, INTERPRET
+        v_tables = fetch_tables(tables + 64)
+        acc0, acc1 = unit_sums(
+            acc0,
+            acc1,
+            fade,
+            words_of_unit,
+            group_unit % VNP,
+            v_tables,
+            value_centroids,
+            upper,
+            weighted,
+            VB,
+            S,
         )
-        acc0 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc0 * fade)
-        w0, w1, w2, w3 = value_words(
-            a0, b0, ta0, tb0, shift0, v_tables, value_centroids, upper, 1, VB, INTERPRET
-        )
-        acc1 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc1 * fade)
         if UPG == 2:
-            unit1 = group_unit + 1
-            a1, ta1 = load_words(v_codes, r * 4, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S)
-            b1, tb1 = load_words(v_codes, r * 4 + 1, unit1 // VNP, VW, V_ROW, V_WORDS, D != 256, VB, 2, 16, S)
-            a1, b1, ta1, tb1 = flat(a1, S), flat(b1, S), flat(ta1, S), flat(tb1, S)
-            shift1 = ((unit1 % VNP) * 2)[:, None]
-            w0, w1, w2, w3 = value_words(
-                a1, b1, ta1, tb1, shift1, v_tables, value_centroids, upper, 0, VB, INTERPRET
-            )
-            acc2 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc2 * fade)
-            w0, w1, w2, w3 = value_words(
-                a1, b1, ta1, tb1, shift1, v_tables, value_centroids, upper, 1, VB, INTERPRET
-            )
-            acc3 = tl.dot(value_side(w0, w1, w2, w3, S), weighted, acc3 * fade)
+            words_of_unit = unit_codes(v_codes, r, group_unit + 1, VW, V_ROW, V_WORDS, D != 256, VNP, VB, S)
+            acc2, acc3 = unit_sums(
+                acc2, acc3, fade, words_of_unit, (group_unit + 1) % VNP, v_tables, value_centroids, upper, weighted,
+                VB, S,
+            )  # fmt: skip
         if V_SCATTER:
             tl.debug_barrier()
-            w0, w1, w2, w3 = fetch_values(scratch + thread * 16, S)
-            acc0 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc0)
-            w0, w1, w2, w3 = fetch_values(scratch + S * 1024 + thread * 16, S)
-            acc1 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc1)
+            acc0, acc1 = unit_differences(acc0, acc1, scratch + thread * 16, plain, S)
             if UPG == 2:
-                w0, w1, w2, w3 = fetch_values(scratch + 2 * S * 1024 + thread * 16, S)
-                acc2 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc2)
-                w0, w1, w2, w3 = fetch_values(scratch + 3 * S * 1024 + thread * 16, S)
-                acc3 = tl.dot(value_side(flat(w0, S), flat(w1, S), flat(w2, S), flat(w3, S), S), plain, acc3)
+                acc2, acc3 = unit_differences(acc2, acc3, scratch + 2 * S * 1024 + thread * 16, plain, S)
             tl.debug_barrier()
             put(v_place, tl.zeros_like(v_delta), v_live)
             if v_rest < v_end:
@@ -412,7 +354,7 @@ def _decode_kernel(
             acc0, acc1, acc2, acc3 = value_products(
                 acc0, acc1, acc2, acc3, plain, value_index + entries, value_value + entries, v_begin, v_end, closed,
                 h * D, value_zero + ranges, value_scale + ranges, VG, v_first, tl.max(inverse, 0),
-                D, VW, VNP, UPG, BS, V_ENTRIES, INTERPRET,
+                D, VW, VNP, UPG, BS, V_ENTRIES,
             )  # fmt: skip
         if K_SCATTER:
             k_place, k_delta = key_entry(
@@ -432,31 +374,3 @@ def _decode_kernel(
     if UPG == 2:
         _store_part(part_out, at_part, acc2 * size + zero_sum, G, GP, 2, D, VW, UPG, VNP)
         _store_part(part_out, at_part, acc3 * size + zero_sum, G, GP, 3, D, VW, UPG, VNP)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _merge_kernel(
-    part_best, part_total, part_out, out, splits,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """Fold the splits of one query head; a split that saw nothing has -inf and counts for nothing."""
-    head = tl.program_id(0)
-    bh = head // G
-    g = head % G
-    d = tl.arange(0, DP)
-    part = tl.arange(0, 16)
-    highest = tl.full((16,), -float("inf"), tl.float32)
-    for s in range(0, splits, 16):
-        row = (bh * splits + s + part) * GP + g
-        highest = tl.maximum(highest, tl.load(part_best + row, mask=s + part < splits, other=-float("inf")))
-    best = tl.max(highest, 0)
-    total = tl.zeros((16,), tl.float32)
-    acc = tl.zeros((16, DP), tl.float32)
-    for s in range(0, splits, 16):
-        inside = s + part < splits
-        row = (bh * splits + s + part) * GP + g
-        weight = tl.exp2(tl.load(part_best + row, mask=inside, other=-float("inf")) - best)
-        total += tl.load(part_total + row, mask=inside, other=0.0) * weight
-        out_mask = inside[:, None] & (d < D)[None, :]
-        acc += tl.load(part_out + row[:, None] * D + d[None, :], mask=out_mask, other=0.0) * weight[:, None]
-    tl.store(out + head * D + d, (tl.sum(acc, 0) / tl.sum(total, 0)).to(out.dtype.element_ty), mask=d < D)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvquant.kernels import ExactStore, Rope, StoredLayer
-from kvquant.kernels.triton_kernels import decode
+from kvquant.kernels.triton_kernels import decode, merge
 
 # Programs in flight: four on each of an H100's 132 multiprocessors, twice over.
 _PROGRAMS = 132 * 8
@@ -199,7 +199,7 @@ def attend_exact_decode(
         PRECISION="ieee" if keys.dtype == fp32 else "tf32", num_warps=_WARPS if block_size * D <= 8192 else 8,
     )  # fmt: skip
     merged = torch.empty_like(query)
-    decode._merge_kernel[(B * Hq,)](
+    merge._merge_kernel[(B * Hq,)](
         best, total, out, merged, splits, G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=1,
     )  # fmt: skip
     return merged

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvquant.kernels.triton_kernels.lookup import equal, first_half, second_half
+from kvquant.kernels.triton_kernels.lookup import INTERPRET, equal, first_half, fused, pack, second_half
 
 STREAM = tl.constexpr(
     ".cg"
@@ -218,7 +218,7 @@ def score_side(x, R: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
-def turned(x01, x23, y01, y23, c01, c23, s01, s23, INTERPRET: tl.constexpr):
+def turned(x01, x23, y01, y23, c01, c23, s01, s23):
     """Turned back by an angle: x cos + y sin, y cos - x sin, words of two fp16 numbers. Turned on with x and y swapped."""
     if INTERPRET:
         return (
@@ -244,10 +244,28 @@ def turned(x01, x23, y01, y23, c01, c23, s01, s23, INTERPRET: tl.constexpr):
 
 @triton.jit
 def _half_rotation(x, y, c, s, sign):
-    low = first_half(x) * first_half(c) + first_half(y) * first_half(s) * sign
-    high = second_half(x) * second_half(c) + second_half(y) * second_half(s) * sign
-    low = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | ((high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << 16)
+    low = fused((first_half(y) * sign).to(tl.float16), first_half(s), first_half(x) * first_half(c))
+    high = fused((second_half(y) * sign).to(tl.float16), second_half(s), second_half(x) * second_half(c))
+    return pack(low, high)
+
+
+@triton.jit
+def turned_once_rounded(x01, x23, y01, y23, c01, c23, s01, s23):
+    """:func:`turned` in fp32. What is rounded of a query moves the scores of all tokens behind the angle alike."""
+    x01, y01 = _pair_turned(x01, y01, c01, s01)
+    x23, y23 = _pair_turned(x23, y23, c23, s23)
+    return x01, x23, y01, y23
+
+
+@triton.jit
+def _pair_turned(x, y, c, s):
+    x0, x1 = first_half(x).to(tl.float32), second_half(x).to(tl.float32)
+    y0, y1 = first_half(y).to(tl.float32), second_half(y).to(tl.float32)
+    c0, c1 = first_half(c).to(tl.float32), second_half(c).to(tl.float32)
+    s0, s1 = first_half(s).to(tl.float32), second_half(s).to(tl.float32)
+    x = pack((x0 * c0 + y0 * s0).to(tl.float16), (x1 * c1 + y1 * s1).to(tl.float16))
+    y = pack((y0 * c0 - x0 * s0).to(tl.float16), (y1 * c1 - x1 * s1).to(tl.float16))
+    return x, y
 
 
 @triton.jit
@@ -265,7 +283,7 @@ def _thread_row():
 
 @triton.jit
 def _entries_equal(
-    rows, index, last, origin, D: tl.constexpr, DIVIDE: tl.constexpr, R: tl.constexpr, INTERPRET: tl.constexpr
+    rows, index, last, origin, D: tl.constexpr, DIVIDE: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
     """:func:`rows_equal` of 16 entries, still [64, R, 4]: a register's row and its entry of four.
 
@@ -276,12 +294,12 @@ def _entries_equal(
     number = number.to(tl.int32) & 0xFFFF
     number = number // D if DIVIDE else tl.where(origin < 0, number % D, number - origin)
     shape: tl.constexpr = (64, R, 4)
-    return equal(tl.broadcast_to(_small(number), shape), tl.broadcast_to(_small(rows), shape), INTERPRET)
+    return equal(tl.broadcast_to(_small(number), shape), tl.broadcast_to(_small(rows), shape))
 
 
 @triton.jit
 def rows_equal(
-    rows, index, last, origin, D: tl.constexpr, DIVIDE: tl.constexpr, R: tl.constexpr, INTERPRET: tl.constexpr
+    rows, index, last, origin, D: tl.constexpr, DIVIDE: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
     """The 0/1 matrix [16 R, 32]: does entry e, if below ``last`` (a multiple of four more may be read), belong to this row?
 
@@ -290,8 +308,8 @@ def rows_equal(
         index: numbers token * D + channel, or of the layer's channels, of which this head's begin at ``origin`` >= 0.
     """
     one = tl.join(
-        _entries_equal(rows, index, last, origin, D, DIVIDE, R, INTERPRET),
-        _entries_equal(rows, index + 16, last - 16, origin, D, DIVIDE, R, INTERPRET),
+        _entries_equal(rows, index, last, origin, D, DIVIDE, R),
+        _entries_equal(rows, index + 16, last - 16, origin, D, DIVIDE, R),
     )
     one = tl.reshape(one, (2, 8, 4, R // 2, 2, 4, 2))  # warp; q; r; row: 32, 8; entry: 1, 16
     return tl.reshape(tl.permute(one, (3, 0, 4, 1, 6, 2, 5)), (R * 16, 32))
@@ -300,7 +318,6 @@ def rows_equal(
 @triton.jit
 def _places_equal(
     index, first, begin, end, closed, D: tl.constexpr, BS: tl.constexpr, V_ENTRIES: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """:func:`tokens_equal` of the first or second rows that 64 threads hold, still [64, BS / 4]."""
     at = first + _thread_row()  # [64, 1]
@@ -309,18 +326,17 @@ def _places_equal(
     token = tl.where(closed, number // D, at // V_ENTRIES)
     column = tl.arange(0, BS // 4)[None, :]
     column = (column // 4) * 16 + (tl.arange(0, 64)[:, None] % 4) * 4 + column % 4
-    return equal(tl.broadcast_to(_small(token), (64, BS // 4)), _small(column), INTERPRET)
+    return equal(tl.broadcast_to(_small(token), (64, BS // 4)), _small(column))
 
 
 @triton.jit
 def tokens_equal(
     index, first, begin, end, closed, D: tl.constexpr, BS: tl.constexpr, V_ENTRIES: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The 0/1 matrix [32, BS]: is entry ``first + e`` of value outliers of this token of the block?"""
     one = tl.join(
-        _places_equal(index, first, begin, end, closed, D, BS, V_ENTRIES, INTERPRET),
-        _places_equal(index, first + 8, begin, end, closed, D, BS, V_ENTRIES, INTERPRET),
+        _places_equal(index, first, begin, end, closed, D, BS, V_ENTRIES),
+        _places_equal(index, first + 8, begin, end, closed, D, BS, V_ENTRIES),
     )
     one = tl.reshape(one, (2, 8, 4, BS // 16, 4, 2))  # warp; q; r; token: 16, 1; entry: 8
     return tl.reshape(tl.permute(one, (0, 5, 1, 3, 2, 4)), (32, BS))

@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Whether kernels run in Triton's interpreter, which knows no inline assembly; settled when this is imported.
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False)
 _TABLES = {2: 2, 3: 4, 4: 8}  # registers of a table: four bytes each, low bytes first
 
 
@@ -172,7 +174,8 @@ def second_half(word):
 
 
 @triton.jit
-def _pack(low, high):
+def pack(low, high):
+    """Words of two fp16 numbers."""
     low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low | ((high.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << 16)
 
@@ -190,18 +193,26 @@ def _plain(word, third, shift, table, BYTE: tl.constexpr, FIELD: tl.constexpr, B
 
 
 @triton.jit
+def fused(x, y, z):
+    """x y + z of fp16 numbers, rounded once (twice in one of thousands of cases), as the GPU's instruction does."""
+    return (x.to(tl.float32) * y.to(tl.float32) + z.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
 def _plain_key_pair(
     word, third, shift, table, scale, zero, FIRST: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr
 ):
-    a = _plain(word, third, shift, table, FIRST, FIELD, BITS) * first_half(scale) + first_half(zero)
-    b = _plain(word, third, shift, table, FIRST + 1, FIELD, BITS) * second_half(scale) + second_half(zero)
-    return _pack(a, b)
+    a = _plain(word, third, shift, table, FIRST, FIELD, BITS)
+    b = _plain(word, third, shift, table, FIRST + 1, FIELD, BITS)
+    return pack(
+        fused(a, first_half(scale), first_half(zero)), fused(b, second_half(scale), second_half(zero))
+    )
 
 
 @triton.jit
 def key_words(
     word, third, tables, table, upper, sx01, sx23, zx01, zx23, sy01, sy23, zy01, zy23,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """A unit of keys, dequantized: x01, x23 and their RoPE partners y01, y23.
 
@@ -244,7 +255,7 @@ def key_words(
 def _plain_tokens(
     a, b, third_a, third_b, shift, table, BYTE: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr
 ):
-    return _pack(
+    return pack(
         _plain(a, third_a, shift, table, BYTE, FIELD, BITS),
         _plain(b, third_b, shift, table, BYTE, FIELD, BITS),
     )
@@ -253,7 +264,7 @@ def _plain_tokens(
 @triton.jit
 def value_words(
     a, b, third_a, third_b, shift, tables, table, upper,
-    FIELD: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
+    FIELD: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """One field of a unit of values of two tokens: its channels 0 to 3, words of (a, b).
 
@@ -285,7 +296,7 @@ def value_words(
 
 
 @triton.jit
-def equal(x, y, INTERPRET: tl.constexpr):
+def equal(x, y):
     """1.0 where fp16 numbers are equal, else 0.0: two comparisons an instruction."""
     if INTERPRET:
         return tl.where(x == y, 1.0, 0.0).to(tl.float16)

@@ -49,7 +49,6 @@ def key_products(
     scores, key_count, key_index, key_value, spill_head, spill_next, spill_index, spill_value, at, q_half, floor,
     inverse_size, offset_cos, offset_sin, base,
     GP: tl.constexpr, D: tl.constexpr, K_BASE: tl.constexpr, ROTATED: tl.constexpr, R: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """``scores`` [16 R, GP] with the outliers of the block and head numbered ``at``."""
     entry = tl.arange(0, 32)
@@ -76,7 +75,7 @@ def key_products(
         w = _key_differences(
             number, kept, live, q_half, floor, inverse_size, offset_cos, offset_sin, base, GP, D, ROTATED
         )
-        one = rows_equal(row_of(R), numbers, left, 0, D, True, R, INTERPRET)
+        one = rows_equal(row_of(R), numbers, left, 0, D, True, R)
         high = w.to(tl.float16)
         scores = tl.dot(one, high, scores)
         scores = tl.dot(one, (w - high.to(tl.float32)).to(tl.float16), scores)
@@ -87,13 +86,12 @@ def key_products(
 def value_products(
     out0, out1, out2, out3, plain, index, value, first, last, closed, origin, zero, scale, stride, v_first, inverse_size,
     D: tl.constexpr, W: tl.constexpr, NP: tl.constexpr, UPG: tl.constexpr, BS: tl.constexpr, V_ENTRIES: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The output's tiles with a block's outliers; ``plain`` [BS, GP] are the weights, the rest as of ``scratch``."""
     entry = tl.arange(0, 32)
     for e1 in range((first // 4) * 4, last, 32):
         picked = tl.dot(
-            tokens_equal(index, e1, first, last, closed, D, BS, V_ENTRIES, INTERPRET), plain
+            tokens_equal(index, e1, first, last, closed, D, BS, V_ENTRIES), plain
         )  # [32, GP]: the weights of the entries' tokens
         e = e1 + entry
         live = (e >= first) & (e < last)
@@ -109,11 +107,11 @@ def value_products(
         c0 = channel_of_row(row_of(4), 0, D, W, UPG, NP)
         c1 = channel_of_row(row_of(4), 1, D, W, UPG, NP)
         begin = tl.where(closed, -1, origin)
-        out0 = tl.dot(rows_equal(c0, numbers, last - e1, begin, D, False, 4, INTERPRET), w, out0)
-        out1 = tl.dot(rows_equal(c1, numbers, last - e1, begin, D, False, 4, INTERPRET), w, out1)
+        out0 = tl.dot(rows_equal(c0, numbers, last - e1, begin, D, False, 4), w, out0)
+        out1 = tl.dot(rows_equal(c1, numbers, last - e1, begin, D, False, 4), w, out1)
         if UPG == 2:
             c2 = channel_of_row(row_of(4), 2, D, W, UPG, NP)
             c3 = channel_of_row(row_of(4), 3, D, W, UPG, NP)
-            out2 = tl.dot(rows_equal(c2, numbers, last - e1, begin, D, False, 4, INTERPRET), w, out2)
-            out3 = tl.dot(rows_equal(c3, numbers, last - e1, begin, D, False, 4, INTERPRET), w, out3)
+            out2 = tl.dot(rows_equal(c2, numbers, last - e1, begin, D, False, 4), w, out2)
+            out3 = tl.dot(rows_equal(c3, numbers, last - e1, begin, D, False, 4), w, out3)
     return out0, out1, out2, out3

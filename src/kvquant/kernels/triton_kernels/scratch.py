@@ -13,11 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvquant.kernels.triton_kernels.lookup import INTERPRET, first_half, pack, second_half
+
 STATIC_BYTES = 48 * 1024  # what a kernel may have unless it asks for more
 TABLES = 128  # bytes of two look-up tables, two copies of each
-LARGEST = tl.constexpr(
-    32000.0
-)  # of a difference: fp16 holds the sum of two products with numbers up to a half
+# Of a difference: fp16 holds the sum of two products with numbers up to a half.
+LARGEST = tl.constexpr(32000.0)
 
 
 def matrix_bytes(head_dim: int, block_size: int, key_units: int, columns: int) -> int:
@@ -43,28 +44,31 @@ def declaration(matrix: int) -> str:
 @triton.jit
 def ahead(pointers):
     """Ask for what the next block needs while this one is worked on: it comes from memory as far as the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )  # fmt: skip
+    if not INTERPRET:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
-def allocate(DECLARATION: tl.constexpr, BYTES: tl.constexpr, look_up):
-    """The scratch's address: the 32 words of ``look_up`` (two copies of two tables), and a matrix of zeros after them."""
-    scratch = tl.inline_asm_elementwise(DECLARATION, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    thread = tl.arange(0, 64) * 16
-    for first in tl.static_range(0, BYTES, 1024):
-        _store_words(scratch + 128 + first + thread, 0, 0, 0, 0)
-    words = look_up + tl.arange(0, 8) * 4
-    _store_words(
-        scratch + tl.arange(0, 8) * 16,
-        tl.load(words),
-        tl.load(words + 1),
-        tl.load(words + 2),
-        tl.load(words + 3),
-    )
-    tl.debug_barrier()
-    return scratch
+def allocate(DECLARATION: tl.constexpr, BYTES: tl.constexpr, look_up, memory):
+    """The scratch's address: the 32 words of ``look_up`` (two copies of two tables), and a matrix of zeros after them.
+
+    In the interpreter, whose programs run one after the other, it is ``memory``, and starts with zeros.
+    """
+    if INTERPRET:
+        return memory
+    else:
+        scratch = tl.inline_asm_elementwise(DECLARATION, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        thread = tl.arange(0, 64) * 16
+        for first in tl.static_range(0, BYTES, 1024):
+            _store_words(scratch + 128 + first + thread, 0, 0, 0, 0)
+        words = look_up + tl.arange(0, 8) * 4
+        at = scratch + tl.arange(0, 8) * 16
+        _store_words(at, tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3))
+        tl.debug_barrier()
+        return scratch
 
 
 @triton.jit
@@ -91,18 +95,25 @@ def fetch_tables(at):
 @triton.jit
 def put(at, number, live):
     """Store fp16 numbers at these addresses where ``live``."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b16 [$1], $2; mov.b32 $0, 0; }", "=r,r,h,r",
-        [at, number.to(tl.int16, bitcast=True), live.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    if INTERPRET:
+        tl.store(at.to(tl.pointer_type(tl.float16)), number, mask=live)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b16 [$1], $2; mov.b32 $0, 0; }", "=r,r,h,r",
+            [at, number.to(tl.int16, bitcast=True), live.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
 def _four_words(at):
-    return tl.inline_asm_elementwise(
-        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
+    if INTERPRET:
+        word = at.to(tl.pointer_type(tl.int32))
+        return tl.load(word), tl.load(word + 1), tl.load(word + 2), tl.load(word + 3)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -173,9 +184,12 @@ def value_place(t, d, D: tl.constexpr, W: tl.constexpr, NP: tl.constexpr, UPG: t
 @triton.jit
 def half_add(x, y):
     """The sum of words of two fp16 numbers."""
-    return tl.inline_asm_elementwise(
-        "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-    )
+    if INTERPRET:
+        return pack(first_half(x) + first_half(y), second_half(x) + second_half(y))
+    else:
+        return tl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -260,6 +274,6 @@ def value_rest(
         live = (e < last) & (d >= 0) & (d < D)
         at = scratch + value_place(t, tl.where(live, d, 0), D, W, NP, UPG, S)
         if CLEAR:
-            put(at, tl.zeros_like(at).to(tl.float16), live)
+            put(at, tl.zeros_like(kept).to(tl.float16), live)
         else:
             put(at, _value_delta(kept, t, live, zero, scale, stride, v_first, inverse_size), live)

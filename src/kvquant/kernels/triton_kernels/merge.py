@@ -1,0 +1,35 @@
+"""Merging what the programs that shared a sequence's blocks found: by log-sum-exp, in a fixed order."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _merge_kernel(
+    part_best, part_total, part_out, out, splits,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Fold the splits of one query head; a split that saw nothing has -inf and counts for nothing."""
+    head = tl.program_id(0)
+    bh = head // G
+    g = head % G
+    d = tl.arange(0, DP)
+    part = tl.arange(0, 16)
+    highest = tl.full((16,), -float("inf"), tl.float32)
+    for s in range(0, splits, 16):
+        row = (bh * splits + s + part) * GP + g
+        highest = tl.maximum(highest, tl.load(part_best + row, mask=s + part < splits, other=-float("inf")))
+    best = tl.max(highest, 0)
+    total = tl.zeros((16,), tl.float32)
+    acc = tl.zeros((16, DP), tl.float32)
+    for s in range(0, splits, 16):
+        inside = s + part < splits
+        row = (bh * splits + s + part) * GP + g
+        weight = tl.exp2(tl.load(part_best + row, mask=inside, other=-float("inf")) - best)
+        total += tl.load(part_total + row, mask=inside, other=0.0) * weight
+        out_mask = inside[:, None] & (d < D)[None, :]
+        acc += tl.load(part_out + row[:, None] * D + d[None, :], mask=out_mask, other=0.0) * weight[:, None]
+    tl.store(out + head * D + d, (tl.sum(acc, 0) / tl.sum(total, 0)).to(out.dtype.element_ty), mask=d < D)
