@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvquant.errors import ModelError, NonFiniteActivations
+from kvquant.kernels import ERROR_KEY_NOT_FINITE
 from kvquant.models import QuantizedCache, quantized_kv_cache
 from kvquant.models.decode_graph import DecodeGraph, record_cuda_graph
 from small_models import exact, prompts_of, quantized, small_model
@@ -114,15 +115,16 @@ def test_an_error_of_a_repetition_meets_no_later_call() -> None:
         def overflows(work: Callable[[], None]) -> Callable[[], None]:
             def run() -> None:
                 work()
-                cache.pools[0].error[0, 0] = broken
+                if is_broken:
+                    cache.pools[0].error[0, 0] = ERROR_KEY_NOT_FINITE
 
             return run
 
         graph = DecodeGraph(model, cache, first, 2, record=overflows)
-        broken = 1
+        is_broken = True
         with pytest.raises(NonFiniteActivations):
             graph()
-        broken = 0
+        is_broken = False
         graph()
         cache.append([[1]])
 

@@ -103,16 +103,15 @@ class DecodeGraph:
         """
         for tensor, before in self._before:
             tensor.copy_(before)
-        # Nothing is pending that an error could be rolled back with: its word must not meet a later call.
-        for pool in self._cache.pools:
-            pool.error.zero_()
-        self._replay()
         try:
+            self._replay()
             for pool in self._cache.pools:
                 pool.check()
-        finally:
+        except BaseException:
+            # Nothing is pending that it could be rolled back with: the word must not meet a later call.
             for pool in self._cache.pools:
                 pool.error.zero_()
+            raise
 
     def _steps(self) -> None:
         chosen = [self._first]
