@@ -1,10 +1,8 @@
-"""A transformers cache whose keys and values live in our block pools: its verbs, and what it holds."""
+"""A transformers cache whose keys and values live in our block pools: forward calls over its sequences."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +11,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvquant.batched_quant import BatchedKVQuantizer
-from kvquant.block_pool import BlockPool
-from kvquant.errors import DataError, ModelError, PoolExhausted
+from kvquant.errors import DataError, ModelError
 from kvquant.measure import Stopwatch
 from kvquant.models.attention_hook import attention_modules
 from kvquant.models.backend_check import check_backend
@@ -22,18 +19,18 @@ from kvquant.models.counting_layer import CountingLayer
 from kvquant.models.devices import input_device, layer_devices
 from kvquant.models.forward_call import CachedLayer, CallTokens, ForwardCall, check_lengths, padded_tokens
 from kvquant.models.loading import ModelShape
-from kvquant.models.pools import PoolSize, allocate_pools, group_layers, key_elements, key_outliers
+from kvquant.models.pools import group_layers
 from kvquant.models.rotary import check_rope_switch, rope_switch, rope_type_of, rotated_channels
+from kvquant.models.sequences import StoredSequences
 from kvquant.ragged import cumulative_lengths
 
 
-class QuantizedCache(Cache):
+class QuantizedCache(StoredSequences, Cache):
     """The keys and values of a growing batch of sequences, in blocks. Made by :meth:`KVHandle.new_cache`.
 
     Pass it to the model or to ``generate()`` as ``past_key_values``, or use :meth:`append` for ragged batches.
 
     Attributes:
-        rows: the open sequences, in batch order.
         num_columns: columns of padded batches seen so far.
         stopwatch: adds up the time of quantizing and storing, if set.
         when_asked: called with the cache when transformers asks for its length.
@@ -56,27 +53,9 @@ class QuantizedCache(Cache):
         rope_length: int | None,
         call_tokens: int | None,
     ) -> None:
-        super().__init__(
-            layers=[CountingLayer(self.get_num_columns, self.check_in_call) for _ in range(shape.num_layers)]
-        )
-        self.num_columns = 0
-        self.rows: list[int] = []
-        self.stopwatch: Stopwatch | None = None
-        self.when_asked: Callable[[QuantizedCache], None] | None = None
-        self._model = model
-        self._num_blocks, self._memory_budget_gib, self._call_tokens = (
-            num_blocks,
-            memory_budget_gib,
-            call_tokens,
-        )
-        self._max_length, self._max_sequences, self._rope_length = max_length, max_sequences, rope_length
-        self._prefill_reads, self._backend = prefill_reads, backend
-        self._pools: list[BlockPool] = []
-        self._packed: CallTokens | None = None
-        self._call: ForwardCall | None = None
-        self._held = False  # whether it is laid out and finished apart from its forward call
-        devices = layer_devices(model)
-        self._groups = group_layers(
+        devices, rotary = layer_devices(model), model.get_decoder().rotary_emb
+        check_backend(backend, quantizers, devices, block_size=block_size, rotated=rotated_channels(rotary))
+        groups = group_layers(
             quantizers,
             shape,
             devices,
@@ -84,25 +63,40 @@ class QuantizedCache(Cache):
             block_size=block_size,
             spill_headroom=spill_headroom,
         )
+        StoredSequences.__init__(
+            self,
+            groups,
+            num_blocks=num_blocks,
+            memory_budget_gib=memory_budget_gib,
+            max_length=max_length,
+            max_sequences=max_sequences,
+            call_tokens=call_tokens,
+        )
+        Cache.__init__(
+            self,
+            layers=[CountingLayer(self.get_num_columns, self.check_in_call) for _ in range(shape.num_layers)],
+        )
+        self.num_columns = 0
+        self.stopwatch: Stopwatch | None = None
+        self.when_asked: Callable[[QuantizedCache], None] | None = None
+        self._model, self._rope_length, self._rope_switch = model, rope_length, rope_switch(rotary)
+        self._prefill_reads, self._backend = prefill_reads, backend
+        self._packed: CallTokens | None = None
+        self._call: ForwardCall | None = None
+        self._held = False  # whether it is laid out and finished apart from its forward call
         place = {
             layer: (pool, inner)
-            for pool, group in enumerate(self._groups)
+            for pool, group in enumerate(groups)
             for inner, layer in enumerate(group.layers)
         }
-        rotary = model.get_decoder().rotary_emb
-        rotated = rotated_channels(rotary)
-        check_backend(backend, quantizers, devices, block_size=block_size, rotated=rotated)
         self._layers = [
             CachedLayer(*place[layer], shape.windows[layer], rope_type_of(module, rotary), device, quantizer)
             for layer, (module, device, quantizer) in enumerate(
                 zip(attention_modules(model), devices, quantizers, strict=True)
             )
         ]
-        self._rope_switch = rope_switch(rotary)
-        if num_blocks is not None or memory_budget_gib is not None:
-            self._allocate(max_sequences or 64)
 
-    # ---- verbs -----------------------------------------------------------------------------------------------
+    # ---- what users and transformers call ------------------------------------------------------------------------
 
     @torch.inference_mode()
     def append(
@@ -162,66 +156,15 @@ class QuantizedCache(Cache):
             self._packed = None
         return out.logits[0]
 
-    def open(self, num_sequences: int) -> list[int]:
-        """Open empty sequences; returns their rows.
-
-        Raises:
-            PoolExhausted: the pool has no room for their tables.
-        """
-        if not self._pools:
-            self._allocate(self._max_sequences or num_sequences)
-        taken, most = len(self.rows), self._pools[0].max_sequences
-        if taken + num_sequences > most:
-            raise PoolExhausted(
-                f"the cache holds at most {most} sequences, got {taken} and {num_sequences} more; raise max_sequences"
-            )
-        new = []
-        for _ in range(num_sequences):
-            opened = [pool.add_sequence() for pool in self._pools]
-            assert len(set(opened)) == 1, "pools of one cache hand out rows in step"
-            new.append(opened[0])
-        self.rows += new
-        return new
-
-    def free(self, row: int) -> None:
-        """Close a sequence and give its blocks back."""
-        self.rows.remove(row)
-        for pool in self._pools:
-            pool.free(row)
-
-    def fork(self, row: int) -> int:
-        """Open a sequence with the same history; full blocks are shared. Returns its row."""
-        forked = []
-        try:
-            for pool in self._pools:
-                forked.append((pool, pool.fork(row)))
-        except PoolExhausted:
-            for pool, new in forked:
-                pool.free(new)
-            raise
-        self.rows.append(forked[0][1])
-        return forked[0][1]
-
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens of every sequence; 0 drops nothing, as in transformers.
-
-        Raises:
-            ValueError: a positive number, or a sliding window has given back blocks that the rest would need;
-                nothing has changed.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes the negative number of tokens to remove, got {tokens_to_remove}; "
-                f"try crop({-tokens_to_remove}) to remove {tokens_to_remove}"
-            )
-        if tokens_to_remove == 0:
-            return
-        keep = {row: max(0, self.length(row) + tokens_to_remove) for row in self.rows}
-        for pool, row in itertools.product(self._pools, self.rows):
-            pool.check_crop(row, keep[row])
-        for pool, row in itertools.product(self._pools, self.rows):
-            pool.crop(row, keep[row])
+        """:meth:`StoredSequences.crop`; columns go with the tokens."""
+        super().crop(tokens_to_remove)
         self.num_columns = max(0, self.num_columns + tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget every sequence; the pool stays."""
+        super().reset()
+        self.num_columns = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue with sequence ``beam_idx[i]`` of the batch in place i, as beam search asks; int64 [B].
@@ -229,12 +172,12 @@ class QuantizedCache(Cache):
         Raises:
             PoolExhausted: no block is left for the copy of an open one; nothing has changed.
         """
-        self._select(beam_idx.tolist())
+        self.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices`` of the batch (int64 or bool), in this order; the others are freed."""
         chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self._select(chosen.tolist())
+        self.select(chosen.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Fork every sequence so that it stands ``repeats`` times in a row in the batch.
@@ -242,94 +185,13 @@ class QuantizedCache(Cache):
         Raises:
             PoolExhausted: ``max_sequences`` or the blocks do not suffice; nothing has changed.
         """
-        self._select([place for place in range(len(self.rows)) for _ in range(repeats)])
-
-    def _select(self, places: list[int]) -> None:
-        """Let the batch be these of its present sequences; a sequence chosen again is forked."""
-        before = list(self.rows)
-        chosen = [before[place] for place in places]
-        for pool in self._pools:
-            pool.check_select(before, chosen)
-        for place in set(range(len(before))) - set(places):
-            self.free(before[place])  # first, so that rows and blocks suffice for the forks
-        seen: set[int] = set()
-        after = []
-        for place in places:
-            after.append(self.fork(before[place]) if place in seen else before[place])
-            seen.add(place)
-        self.rows = after
+        self.select([place for place in range(len(self.rows)) for _ in range(repeats)])
 
     def get_num_columns(self) -> int:
         """Columns of padded batches seen so far; tells ``when_asked``."""
         if self.when_asked is not None:
             self.when_asked(self)
         return self.num_columns
-
-    def length(self, row: int) -> int:
-        """Tokens stored for a sequence."""
-        return self._pools[0].length(row)
-
-    def has_room(
-        self,
-        claims: Sequence[tuple[int | None, int]],
-        *,
-        in_steps: bool = False,
-        spare_fraction: float = 0.0,
-    ) -> bool:
-        """Whether sequences could take so many new tokens each; outlier chunks are not foreseen.
-
-        Args:
-            claims: (row, new tokens); a row of None is a sequence yet to be opened.
-            in_steps: the tokens may come in several calls of ``call_tokens``, not all in one.
-            spare_fraction: share of each pool's blocks that must stay free.
-        """
-        opened = sum(row is None for row, _ in claims)
-        call_tokens = self._call_tokens if in_steps else None
-        for pool in self._pools:
-            needed = sum(pool.blocks_to_grow(row, n, call_tokens=call_tokens) for row, n in claims)
-            spare = math.ceil(spare_fraction * pool.num_blocks)
-            if needed + spare > pool.blocks_free or len(self.rows) + opened > pool.max_sequences:
-                return False
-        return True
-
-    def reset(self) -> None:
-        """Forget every sequence; the pool stays."""
-        for row in list(self.rows):
-            self.free(row)
-        self.num_columns = 0
-
-    # ---- bytes -----------------------------------------------------------------------------------------------
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes held for the stored sequences, see :attr:`BlockPool.bytes_held`."""
-        return sum(pool.bytes_held for pool in self._pools)
-
-    @property
-    def bytes_free(self) -> int:
-        """Bytes allocated and not held."""
-        return sum(pool.bytes_free for pool in self._pools)
-
-    @property
-    def effective_bits(self) -> float:
-        """8 * bytes held / elements of K and V held."""
-        return 8 * self.bytes_held / max(2 * key_elements(self._pools, self.rows), 1)
-
-    @property
-    def key_outlier_fraction(self) -> float:
-        """Fraction of stored key elements kept exactly."""
-        return key_outliers(self._pools, self.rows) / max(key_elements(self._pools, self.rows), 1)
-
-    @property
-    def pools(self) -> list[BlockPool]:
-        """The block pools, one per group of layers stored alike."""
-        return self._pools
-
-    def _allocate(self, max_sequences: int) -> None:
-        size = PoolSize(
-            self._num_blocks, self._memory_budget_gib, self._max_length, max_sequences, self._call_tokens
-        )
-        self._pools = allocate_pools(self._groups, size)
 
     # ---- one forward call ------------------------------------------------------------------------------------
 
