@@ -12,6 +12,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -118,6 +119,23 @@ _LONG = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads"
 def long_model() -> PreTrainedModel:
     """A model whose context is 131,072 tokens."""
     return model_of(LlamaConfig(**{**_SIZE, **_LONG, "max_position_embeddings": 131072}, head_dim=64))
+
+
+def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
+    """Two layers of one KV head of 64 channels."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def small_model(name: str) -> PreTrainedModel:

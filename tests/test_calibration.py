@@ -8,31 +8,19 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from kvquant import calibration
 from kvquant.calibration import CalibrationText, activation_statistics, calibrate
 from kvquant.errors import CalibrationError
 from kvquant.models.attention_mass import NEAR, attention_mass
 from kvquant.spec import QuantSpec
-from small_models import prompts_of, small_model
+from small_models import prompts_of, small_model, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(vocab_size=100)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from kvquant.tasks import run_task
 from kvquant.tasks.compare_table import Row as TableRow
 from kvquant.tasks.compare_table import at_equal_bits
 from kvquant.tasks.variants import expand
+from small_models import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -438,25 +439,11 @@ def test_a_dev_and_a_test_part_share_no_document(run) -> None:
 
 def test_the_main_table_runs_on_a_local_checkpoint(run, tmp_path) -> None:
     """The preset and a folder: one of another shape, context and dtype than the shipped model, saved by transformers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from kvquant.models import load_tokenizer
 
     tokenizer, folder = load_tokenizer(), tmp_path / "my-model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     result = run(
         "experiment=[main_table,smoke]",

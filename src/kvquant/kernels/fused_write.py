@@ -1,10 +1,13 @@
 """Quantizing, packing and storing, vectorised in PyTorch; the loops over elements compiled by numba where that can be.
 
-What is left to PyTorch takes few passes, each over a chunk that stays in the cache. Counts of outliers are data, so this reads a few integers back from tensors (``nonzero``, whether all is finite). That
-is free on a CPU; on a GPU the triton backend exists so that nothing waits.
+What is left to PyTorch takes few passes, each over a chunk that stays in the cache. Counts of outliers are data, so
+this reads a few integers back from tensors (``nonzero``, whether all is finite). That is free on a CPU; on a GPU the
+triton backend exists so that nothing waits.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -88,7 +91,7 @@ def write_keys(
     # What is not finite lies outside whatever the thresholds are, so that looking at outliers finds it.
     inside = ordered_range(constants.key_lower, constants.key_upper, keys.dtype)
     code = _code_keys_compiled if can_compile(keys) and bits <= _MOST_COUNTED_BITS else _code_keys
-    at = code(keys, bounds, inside, skip, store.codes, (slot_block, slot_offset), bits)
+    at = code(keys, bounds, inside, _Target(store.codes, slot_block, slot_offset, skip, bits))
     if skip is not None:
         _check_finite(keys[skip].flatten(), ERROR_KEY_NOT_FINITE, error, C)
     if not at.numel():
@@ -118,11 +121,7 @@ def write_values(
         values: [T, H, D].
         store: the layer's values in the pool, written in place.
         constants: midpoints of the layer's codebook.
-        slot_block: block of each token, int64 [T].
-        slot_offset: slot within the block, int64 [T].
-        skip: sink tokens, stored elsewhere, bool [T], or None.
-        error: the pool's error word, int64 [2].
-        bits: width of a code.
+        slot_block, slot_offset, skip, error, bits: as of :func:`write_keys`.
     """
     T, H, D = values.shape
     C, VG = H * D, store.zero.shape[-1]
@@ -134,7 +133,7 @@ def write_values(
     zero, scale = (part.to(side) for part in nuq.zero_and_scale(lowest, highest))
     bounds = ordered_floor(boundaries(zero[:, None], scale[:, None], constants.value_midpoints), values.dtype)
     code = _code_values_compiled if can_compile(values) and bits <= _MOST_COUNTED_BITS else _code_values
-    code(values, bounds, index, skip, store.codes, (slot_block, slot_offset), bits)
+    code(values, bounds, index, _Target(store.codes, slot_block, slot_offset, skip, bits))
     index = index.long()
     store.zero[slot_block, slot_offset] = zero.view(-1, VG)
     store.scale[slot_block, slot_offset] = scale.view(-1, VG)
@@ -157,52 +156,61 @@ def write_values(
     _check_finite(checked.flatten(), ERROR_VALUE_NOT_FINITE, error, C, channel.flatten())
 
 
-def _code_keys(
-    keys: Tensor,
-    bounds: Tensor,
-    inside: tuple[Tensor, Tensor],
-    skip: Tensor | None,
-    store: Tensor,
-    slots: tuple[Tensor, Tensor],
-    bits: int,
-) -> Tensor:
+class _Target(NamedTuple):
+    """Where the codes of a call's tokens go; those of sink tokens are 0."""
+
+    codes: Tensor  # the side's in the pool, [N, H, BS, row_bytes]
+    block: Tensor  # of each token, int64 [T]
+    slot: Tensor  # within the block, int64 [T]
+    skip: Tensor | None  # which tokens are sinks, bool [T]
+    bits: int
+
+    def put(self, codes: Tensor, rows: slice) -> None:
+        """Pack codes [t, H, D] of some of the tokens into their slots."""
+        store, packed = self.codes, pack(codes, self.bits)
+        for size, word in _WORDS:
+            if packed.shape[-1] % size == 0:
+                store, packed = store.view(word), packed.view(word)
+                break
+        store[self.block[rows], :, self.slot[rows]] = packed
+
+    def for_loops(self, head_dim: int) -> tuple[object, ...]:
+        """What both compiled writers take from ``skip`` on."""
+        sinks = np.empty(0, np.uint8) if self.skip is None else raw(self.skip.view(torch.uint8))
+        widths = plane_widths(self.bits)
+        ones = byte_ones(head_dim, min(widths))
+        codes = raw(self.codes if ones == 1 else self.codes.view(torch.int64))
+        return sinks, np.array(widths), ones, codes, *(raw(x.contiguous()) for x in (self.block, self.slot))
+
+
+def _code_keys(keys: Tensor, bounds: Tensor, inside: tuple[Tensor, Tensor], target: _Target) -> Tensor:
     """Code and store keys [T, H, D], 0 under sinks and outliers; flat indices of the outliers, ascending, int64 [K].
 
     Args:
         keys: contiguous.
         bounds: decision boundaries as keys are compared, [2^bits - 1, H, D].
         inside: the closed range outside of which a key is an outlier, likewise, [H, D] each.
-        skip: sink tokens, bool [T], or None.
-        store: the codes in the pool.
-        slots: block, and slot within it, of each token.
-        bits: width of a code.
+        target: where codes go.
     """
-    block, slot = slots
     found, scratch = [], Scratch()
     for rows in row_chunks(keys):
         x = ordered(keys[rows], scratch)
         codes = count_below(x, bounds, scratch)
         outside = torch.clamp(x, *inside, out=scratch.take("above", x))
         torch.ne(outside, x, out=outside)
-        if skip is not None:
-            sinks = skip[rows, None, None]
+        if target.skip is not None:
+            sinks = target.skip[rows, None, None]
             outside.masked_fill_(sinks, 0)
             codes.masked_fill_(sinks, 0)
         at = nonzero_flat(outside)
         codes.view(-1).index_fill_(0, at, 0)
-        _put_rows(store, block[rows], slot[rows], pack(codes, bits))
+        target.put(codes, rows)
         found.append(at + rows.start * keys[0].numel())
     return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _code_keys_compiled(
-    keys: Tensor,
-    bounds: Tensor,
-    inside: tuple[Tensor, Tensor],
-    skip: Tensor | None,
-    store: Tensor,
-    slots: tuple[Tensor, Tensor],
-    bits: int,
+    keys: Tensor, bounds: Tensor, inside: tuple[Tensor, Tensor], target: _Target
 ) -> Tensor:
     """:func:`_code_keys` by compiled loops over the tokens."""
     from kvquant.compiled.encode_loops import write_key_rows
@@ -214,7 +222,7 @@ def _code_keys_compiled(
         magnitude_mask(x),
         ordered_bounds(bounds).reshape(-1, H * D),
         *(ordered_bounds(end).reshape(-1) for end in inside),
-        *_row_arguments(skip, D, bits, store, slots),
+        *target.for_loops(D),
     )
 
     def work(first: int, last: int) -> NDArray[np.int64]:
@@ -226,15 +234,7 @@ def _code_keys_compiled(
     return torch.cat([torch.from_numpy(part) for part in found])
 
 
-def _code_values(
-    values: Tensor,
-    bounds: Tensor,
-    outliers: Tensor,
-    skip: Tensor | None,
-    store: Tensor,
-    slots: tuple[Tensor, Tensor],
-    bits: int,
-) -> None:
+def _code_values(values: Tensor, bounds: Tensor, outliers: Tensor, target: _Target) -> None:
     """Code and store values [T, H, D], 0 under sinks and outliers; arguments as of :func:`_code_keys` but for these.
 
     Args:
@@ -242,27 +242,18 @@ def _code_values(
         outliers: channels of each token's groups, int32 [T * VG, 2n].
     """
     T, H, D = values.shape
-    block, slot = slots
     VG = len(outliers) // T
     x, index, scratch = values.view(T * VG, -1), outliers.long(), Scratch()
     for rows in row_chunks(values):
         grouped = slice(rows.start * VG, rows.stop * VG)
         codes = count_below(ordered(x[grouped], scratch), bounds[:, grouped], scratch)
         codes.scatter_(1, index[grouped], 0)
-        if skip is not None:
-            codes.view(-1, H * D).masked_fill_(skip[rows, None], 0)
-        _put_rows(store, block[rows], slot[rows], pack(codes.view(-1, H, D), bits))
+        if target.skip is not None:
+            codes.view(-1, H * D).masked_fill_(target.skip[rows, None], 0)
+        target.put(codes.view(-1, H, D), rows)
 
 
-def _code_values_compiled(
-    values: Tensor,
-    bounds: Tensor,
-    outliers: Tensor,
-    skip: Tensor | None,
-    store: Tensor,
-    slots: tuple[Tensor, Tensor],
-    bits: int,
-) -> None:
+def _code_values_compiled(values: Tensor, bounds: Tensor, outliers: Tensor, target: _Target) -> None:
     """:func:`_code_values` by compiled loops over the tokens."""
     from kvquant.compiled.encode_loops import write_value_rows
 
@@ -273,28 +264,9 @@ def _code_values_compiled(
         magnitude_mask(x),
         ordered_bounds(bounds).reshape(-1, len(outliers)),
         raw(outliers),
-        *_row_arguments(skip, D, bits, store, slots),
+        *target.for_loops(D),
     )
     in_parts(T, x.size, lambda first, last: write_value_rows(*arguments, first, last))
-
-
-def _row_arguments(
-    skip: Tensor | None, head_dim: int, bits: int, store: Tensor, slots: tuple[Tensor, Tensor]
-) -> tuple[object, ...]:
-    """What both compiled writers take from `skip` on."""
-    sinks = np.empty(0, np.uint8) if skip is None else raw(skip.view(torch.uint8))
-    widths, ones = np.array(plane_widths(bits)), byte_ones(head_dim, min(plane_widths(bits)))
-    codes = raw(store if ones == 1 else store.view(torch.int64))
-    return sinks, widths, ones, codes, *(raw(x.contiguous()) for x in slots)
-
-
-def _put_rows(store: Tensor, block: Tensor, slot: Tensor, packed: Tensor) -> None:
-    """Write packed rows [T, H, row_bytes] to their slots of a code tensor [N, H, BS, row_bytes]."""
-    for size, word in _WORDS:
-        if packed.shape[-1] % size == 0:
-            store, packed = store.view(word), packed.view(word)
-            break
-    store[block, :, slot] = packed
 
 
 def _check_finite(x: Tensor, kind: int, error: Tensor, C: int, channel: Tensor | None = None) -> bool:

@@ -36,25 +36,16 @@ def attend_mixed(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal attention; arguments as of `attend_tiled` but for those below.
+    """Causal attention; arguments as of :func:`kvquant.kernels.tiled_attention.attend_tiled` but for those below.
 
     Args:
-        query: rotated at their positions, [T, Hq, D].
         step: layout of the call; its tokens are quantized already, and not yet among the recent ones.
-        read_tile: (block ids [S, P]) -> (keys, values), fp32 [S, H, P*BS, D] each.
-        rope: tables of a tile, or None if stored keys are rotated already.
         own: this call's own keys and values, [T, H, D] each.
-        sinks: exact first tokens of each sequence, [B, sink_tokens, H, D] each, or None.
         recent: exact last tokens that earlier calls left, or None.
         recent_start: first position that each query reads exactly, of keys and of values, int64 [T] each.
         key_noise: variance of quantized keys, [H, D]: half of what it adds to a logit is subtracted; or None.
         own_exact: whether tokens of prompts, several new ones in a sequence, are exact for every query of the call
             (``prefill_reads=exact``).
-        block_size: tokens in a block.
-        blocks_per_tile: blocks dequantized at once.
-        softmax_scale: factor of the scores.
-        window: a query sees only keys less than this many positions back, or None.
-        softcap: scores become softcap * tanh(score / softcap), or None.
 
     Returns:
         [T, Hq, D] in the query's dtype.
