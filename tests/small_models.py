@@ -121,8 +121,8 @@ def long_model() -> PreTrainedModel:
     return model_of(LlamaConfig(**{**_SIZE, **_LONG, "max_position_embeddings": 131072}, head_dim=64))
 
 
-def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
-    """Two layers of one KV head of 64 channels."""
+def tiny_llama(vocab_size: int, head_dim: int = 64) -> LlamaForCausalLM:
+    """Two layers of one KV head."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -131,7 +131,7 @@ def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=64,
+        head_dim=head_dim,
         max_position_embeddings=256,
         initializer_range=0.2,
     )

@@ -10,19 +10,23 @@ import types
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from rich.console import Console
 
-from kvquant import kernels
+from kvquant import calibration, kernels
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.cli import conf_dir
 from kvquant.config import register_schemas, validate
 from kvquant.errors import ConfigError, DeviceError
-from kvquant.kernel_limits import gpu_refusal, layer_refusal, spec_refusal
+from kvquant.kernel_limits import gpu_refusal, layer_refusal, prompt_refusal, spec_refusal
 from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore
-from kvquant.methods import hadamard
-from kvquant.models.backend_check import check_backend
+from kvquant.models import load_tokenizer
+from kvquant.models.backend_check import check_backend, tell_of_prompts
 from kvquant.preflight import check_gpu
+from kvquant.results import load_result
 from kvquant.spec import QuantSpec
+from kvquant.tasks import run_task
 from kvquant.tasks.run_task import check_kernel
+from small_models import tiny_llama
 from test_cli import run
 
 GPU = torch.device("cuda")
@@ -63,17 +67,27 @@ def nvml(monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["quant.bits=8"], "decodes codes of 2, 3 or 4 bits, got quant.key_bits=8; try kernel=pytorch_fused"),
+        (["quant.bits=8"], "decodes codes of 2, 3 or 4 bits, got quant.key_bits=8"),
         (["quant.value_bits=1"], "got quant.value_bits=1"),
         (["cache.block_size=256"], "decodes blocks of 32, 64 or 128 tokens, got cache.block_size=256"),
         (["quant=none", "cache.block_size=256"], "decodes blocks of 16, 32, 64 or 128 tokens"),
         (["task=kernels", "task.bits=[4,8]"], r"got task.bits=\[4, 8\]"),
         (["task=energy", "task.bits=[5]"], r"got task.bits=\[5\]"),
+        (["quant=kivi"], "reads the blocks of the nuq family, got quant=kivi"),
+        (["quant=nuq_window"], "reads no recent tokens and knows no logit bias, got quant.recent_tokens=32"),
+        (
+            ["task=compare", "task.variants=[{option: nuq, bits: [2, 8]}]"],
+            "decodes codes of 2, 3 or 4 bits, got quant.key_bits=8, in the row nuq8-1% of task.variants",
+        ),
+        (
+            ["task=compare", "task.variants=[{option: [nuq, hadamard], bits: 2}]"],
+            "got quant=hadamard, in the row hadamard2 of task.variants",
+        ),
         (["device=cpu"], "must run on an NVIDIA GPU, got device=cpu"),
     ],
 )
 def test_settings_that_no_triton_kernel_runs_are_refused(overrides, message):
-    with pytest.raises(ConfigError, match=f"^kernel.backend=triton .*{message}"):
+    with pytest.raises(ConfigError, match=f"^kernel.backend=triton .*{message}.*; try kernel="):
         validate(composed(*overrides))
     validate(composed(*(o for o in overrides if o != "device=cpu"), "kernel=auto"))
 
@@ -151,7 +165,8 @@ def with_triton(monkeypatch):
             64,
             "value groups of whole heads, got quant.value_groups=4 for 2 heads",
         ),
-        ([quantizer(recent_tokens=4)], 64, "reads no recent tokens"),
+        ([quantizer(recent_tokens=4)], 64, "reads no recent tokens .*got quant.recent_tokens=4"),
+        ([quantizer(logit_bias=True)], 64, "knows no logit bias, got quant.logit_bias=true"),
         ([BatchedKVQuantizer.exact(2, 24)], 24, "multiple of 16 up to 256 channels, got head_dim=24"),
     ],
 )
@@ -160,38 +175,133 @@ def test_a_model_that_triton_cannot_run_is_refused_or_said_once(
 ):
     devices = [GPU] * len(layers)
     with pytest.raises(DeviceError, match=f"^kernel=triton .*{message}"):
-        check_backend("triton", layers, devices, block_size=64, rotated=rotated)
+        check_backend("triton", layers, devices, block_size=64, query_heads=4, rotated=rotated)
     caplog.set_level(logging.WARNING)
     for _ in range(3):
-        check_backend("auto", layers, devices, block_size=64, rotated=rotated)
+        check_backend("auto", layers, devices, block_size=64, query_heads=4, rotated=rotated)
     assert len(caplog.records) == 1 and caplog.text.count("kernel=auto attends with plain PyTorch in") == 1
 
 
 def test_a_method_with_blocks_of_its_own_is_refused_too(with_triton):
-    own = hadamard.Method.__new__(hadamard.Method)
-    own.spec = QuantSpec(method="hadamard")
+    own = quantizer(method="hadamard", outlier_fraction=0.0)
     with pytest.raises(DeviceError, match="reads the blocks of the nuq family, got quant=hadamard"):
-        check_backend("triton", [own], [GPU], block_size=64, rotated=64)
+        check_backend("triton", [own], [GPU], block_size=64, query_heads=4, rotated=64)
 
 
 def test_nothing_is_said_where_the_kernels_run(with_triton, caplog):
     layers = [quantizer(), BatchedKVQuantizer.exact(2, 64)]
     for backend in ("auto", "triton"):
-        check_backend(backend, layers, [GPU] * 2, block_size=64, rotated=64)
-    check_backend("auto", [quantizer(bits=8)], [torch.device("cpu")], block_size=64, rotated=64)
+        check_backend(backend, layers, [GPU] * 2, block_size=64, query_heads=4, rotated=64)
+    check_backend(
+        "auto", [quantizer(bits=8)], [torch.device("cpu")], block_size=64, query_heads=4, rotated=64
+    )
     assert not caplog.records
+
+
+def test_more_query_heads_than_a_program_holds_are_refused(with_triton):
+    with pytest.raises(DeviceError, match="up to 32 query heads per KV head, got 66 for 2 KV heads"):
+        check_backend("triton", [quantizer()], [GPU], block_size=64, query_heads=66, rotated=64)
+
+
+def test_a_model_is_refused_before_it_is_calibrated(monkeypatch, tmp_path):
+    """As on a machine whose GPU runs the kernels: only the model's heads are wrong."""
+    folder = tmp_path / "model"
+    tokenizer = load_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer), head_dim=40).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(run_task, "check_kernel", lambda *_: None)
+    monkeypatch.setattr(calibration, "activation_statistics", lambda *_, **__: pytest.fail("calibrated"))
+    cfg = composed("task=calibrate", "model=local", f"model.path={folder}", f"calibration.dir={tmp_path}")
+    with pytest.raises(DeviceError, match="^kernel=triton decodes heads .* got head_dim=40; try kernel=pyt"):
+        run_task.execute(cfg, run_dir=tmp_path / "run", console=Console(quiet=True))
+    assert load_result(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "softcap", "message"),
+    [
+        (torch.float32, None, "FlashAttention takes float16 and bfloat16, got float32"),
+        (torch.bfloat16, 50.0, "FlashAttention has no softcap, got 50"),
+        (torch.float16, None, None),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_prompts_that_no_kernel_reads_are_said_once(backend, dtype, softcap, message, caplog):
+    kernels.say_once.cache_clear()
+    caplog.set_level(logging.WARNING)
+    for device in (GPU, GPU, torch.device("cpu")):
+        tell_of_prompts(backend, [device], dtype, softcap)
+    tell_of_prompts("pytorch_fused", [GPU], dtype, softcap)
+    assert len(caplog.records) == (message is not None)
+    if message is not None:
+        assert (
+            f"kernel={backend} attends to prompts with plain PyTorch, tile by tile: {message}" in caplog.text
+        )
+
+
+def test_prompts_are_judged_as_their_launcher_does():
+    pytest.importorskip("triton")
+    from kvquant.kernels.triton_kernels.prefill import prefill_refusal
+
+    layer = StoredLayer(
+        kernels, KeyStore(*[torch.empty(1, 1, 1, 1)] * len(KeyStore._fields)), None, None, 4, 4, 64
+    )
+    for dtype, softcap in itertools.product((torch.float16, torch.bfloat16, torch.float32), (None, 30.0)):
+        theirs = prefill_refusal(torch.empty(1, 1, 64, dtype=dtype), layer, None, 64, softcap)
+        ours = prompt_refusal(str(dtype).removeprefix("torch."), softcap)
+        assert (ours is None) == (theirs is None), (dtype, softcap, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "message"),
+    [
+        ("3.5.1", (9, 0), "needs triton 3.6 or later, got 3.5.1"),
+        ("3.6.0", (7, 5), "must run on compute capability 8.0 or later, got 7.5"),
+        ("3.6.0", (8, 0), None),
+    ],
+)
+def test_an_old_triton_or_gpu_is_refused_by_name_and_said_of_auto(
+    version, capability, message, monkeypatch, caplog
+):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(kernels.importlib.metadata, "version", lambda _: version)
+    for cached in (kernels.triton_refusal, kernels.say_once):
+        cached.cache_clear()
+    caplog.set_level(logging.WARNING)
+    try:
+        chosen = kernels.get_backend("auto", "cuda").__name__.rpartition(".")[2]
+        if message is None:
+            assert (
+                chosen
+                == kernels.get_backend("triton", "cuda").__name__.rpartition(".")[2]
+                == "triton_kernels"
+            )
+            assert not caplog.records
+        else:
+            assert (
+                chosen == "pytorch_fused"
+                and f"kernel=auto runs plain PyTorch on the GPU: triton {message}" in caplog.text
+            )
+            with pytest.raises(
+                DeviceError, match=f"^kernel=triton {message}; try kernel=pytorch_fused, which runs on cuda"
+            ):
+                check_kernel("triton", GPU)
+    finally:
+        kernels.triton_refusal.cache_clear()
 
 
 def test_the_limits_are_those_of_the_kernels_launcher():
     pytest.importorskip("triton")
     from kvquant.kernels.triton_kernels.attention import decode_refusal
 
-    for bits, head_dim, block_size, rotated, groups in itertools.product(
+    for bits, head_dim, block_size, rotated, groups, query_heads in itertools.product(
         (1, 2, 3, 4, 5, 8),
         (16, 32, 40, 48, 64, 80, 96, 128, 256, 272),
         (16, 32, 64, 128, 256),
         (16, None),
         (1, 2),
+        (2, 64, 66),
     ):
         H, rotated = 2, head_dim if rotated is None else rotated
         layer = StoredLayer(
@@ -204,9 +314,15 @@ def test_the_limits_are_those_of_the_kernels_launcher():
             head_dim,
         )
         theirs = decode_refusal(
-            torch.empty(1, H, head_dim), layer, Rope(*[torch.empty(1, rotated // 2)] * 4), block_size
+            torch.empty(1, query_heads, head_dim),
+            layer,
+            Rope(*[torch.empty(1, rotated // 2)] * 4),
+            block_size,
         )
         spec = QuantSpec(bits, value_groups=groups)
-        ours = layer_refusal(spec, block_size, num_kv_heads=H, head_dim=head_dim, rotated=rotated)
-        assert (ours is None) == (theirs is None), (bits, head_dim, block_size, rotated, groups, ours, theirs)
+        ours = layer_refusal(
+            spec, block_size, num_kv_heads=H, head_dim=head_dim, query_heads=query_heads, rotated=rotated
+        )
+        case = (bits, head_dim, block_size, rotated, groups, query_heads)
+        assert (ours is None) == (theirs is None), (case, ours, theirs)
         assert spec_refusal(spec, block_size) is None or ours is not None

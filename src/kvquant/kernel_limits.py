@@ -12,6 +12,8 @@ from kvquant.spec import QuantSpec
 TRITON_BITS = (2, 3, 4)
 TRITON_BLOCK_SIZES = (32, 64, 128)
 EXACT_BLOCK_SIZES = (16, 32, 64, 128)
+FLASH_DTYPES = ("float16", "bfloat16")
+MOST_GROUPED_HEADS = 32
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -27,6 +29,11 @@ def spec_refusal(spec: QuantSpec, block_size: int) -> str | None:
         return f"decodes blocks of {_either(sizes)} tokens, got cache.block_size={block_size}"
     if spec.is_exact:
         return None
+    if spec.mixes_exact:
+        setting = (
+            f"quant.recent_tokens={spec.recent_tokens}" if spec.recent_tokens else "quant.logit_bias=true"
+        )
+        return f"reads no recent tokens and knows no logit bias, got {setting}"
     for name, bits in (("key_bits", spec.key_bits), ("value_bits", spec.value_bits)):
         if bits not in TRITON_BITS:
             return f"decodes codes of {_either(TRITON_BITS)} bits, got quant.{name}={bits}"
@@ -34,7 +41,13 @@ def spec_refusal(spec: QuantSpec, block_size: int) -> str | None:
 
 
 def layer_refusal(
-    spec: QuantSpec, block_size: int, *, num_kv_heads: int, head_dim: int, rotated: int | None
+    spec: QuantSpec,
+    block_size: int,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    query_heads: int,
+    rotated: int | None,
 ) -> str | None:
     """Say why the Triton kernels do not decode a layer; None: they do.
 
@@ -43,6 +56,7 @@ def layer_refusal(
         block_size: tokens per block.
         num_kv_heads: H.
         head_dim: D.
+        query_heads: Hq.
         rotated: channels of a head that are rotated; None: not known, or none.
     """
     reason = spec_refusal(spec, block_size)
@@ -60,9 +74,23 @@ def layer_refusal(
         )
     if rotated is not None and rotated != D:
         return f"rotates whole heads, got {rotated} rotated channels of {D}"
+    if query_heads > MOST_GROUPED_HEADS * num_kv_heads:
+        return f"serves up to {MOST_GROUPED_HEADS} query heads per KV head, got {query_heads} for {num_kv_heads} KV heads"
     if num_kv_heads % spec.value_groups:
         return f"decodes value groups of whole heads, got quant.value_groups={spec.value_groups} for {num_kv_heads} heads"
     return None
+
+
+def prompt_refusal(dtype: str, softcap: float | None) -> str | None:
+    """Say why FlashAttention does not read a model's prompts over dequantized blocks; None: it does.
+
+    Args:
+        dtype: of the model: ``bfloat16``, ...
+        softcap: tanh cap of the scores, or None.
+    """
+    if dtype not in FLASH_DTYPES:
+        return f"FlashAttention takes {' and '.join(FLASH_DTYPES)}, got {dtype}"
+    return None if softcap is None else f"FlashAttention has no softcap, got {softcap:g}"
 
 
 def _either(values: tuple[int, ...]) -> str:

@@ -67,27 +67,16 @@ def _check_model(model: Any) -> None:
     require(model.path != "", "model.path", "a checkpoint folder", "an empty string", "./models/my-model")
 
 
-def _check_quant(quant: Any, backend: str) -> None:
+def _check_quant(quant: Any) -> None:
     try:
         spec = QuantSpec(**quant)
         # The default methods have nothing further to check, and theirs are the runs that must start at once.
         if spec.method not in (*NUQ_FAMILY, "none") or spec.options:
             from kvquant.methods import method_class
 
-            method = method_class(spec.method)
-            method.check(spec)
-            if method.own_store and backend == "triton":
-                raise ValueError(
-                    f"kernel.backend must be pytorch_fused or reference with quant={spec.method}, whose blocks no Triton "
-                    "kernel reads, got triton; try kernel=pytorch_fused"
-                )
+            method_class(spec.method).check(spec)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if spec.mixes_exact and backend == "triton":
-        raise ConfigError(
-            "kernel.backend must be pytorch_fused or reference with quant.recent_tokens or quant.logit_bias, got triton; "
-            "try kernel=pytorch_fused"
-        )
 
 
 def _check_cache(cache: Any) -> None:
@@ -113,7 +102,7 @@ def _check_kernel(cfg: Any) -> None:
     if cfg.kernel.backend != "triton":
         return
     reason = "must run on an NVIDIA GPU, got device=cpu" if cfg.device == "cpu" else None
-    reason = reason or spec_refusal(QuantSpec(**cfg.quant), cfg.cache.block_size)
+    reason = reason or _triton_refusal(QuantSpec(**cfg.quant), cfg.cache.block_size)
     others = (
         set(cfg.task.get("bits") or []) - set(TRITON_BITS)
         if cfg.task.name in ("kernels", "largest_batch", "energy")
@@ -125,6 +114,26 @@ def _check_kernel(cfg: Any) -> None:
         )
     if reason is not None:
         raise ConfigError(f"kernel.backend=triton {reason}; try kernel=pytorch_fused")
+    if cfg.task.name == "compare":
+        from kvquant.tasks.variants import expand
+
+        for variant in expand(cfg.task.variants):
+            reason = _triton_refusal(variant.spec, cfg.cache.block_size)
+            if reason is not None:
+                raise ConfigError(
+                    f"kernel.backend=triton {reason}, in the row {variant.label} of task.variants; try kernel=auto, which "
+                    "takes triton for the rows that it runs"
+                )
+
+
+def _triton_refusal(spec: QuantSpec, block_size: int) -> str | None:
+    """Say why no Triton kernel reads what is stored by a spec, whatever the model; None: one does."""
+    if spec.method not in (*NUQ_FAMILY, "none"):
+        from kvquant.methods import method_class
+
+        if method_class(spec.method).own_store:
+            return f"reads the blocks of the nuq family, got quant={spec.method}"
+    return spec_refusal(spec, block_size)
 
 
 def _check_batch(batch: Any) -> None:
@@ -260,7 +269,7 @@ def check_config(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}") from None
     _check_model(cfg.model)
-    _check_quant(cfg.quant, cfg.kernel.backend)
+    _check_quant(cfg.quant)
     _check_cache(cfg.cache)
     _check_kernel(cfg)
     _check_batch(cfg.batch)

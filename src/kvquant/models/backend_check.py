@@ -8,8 +8,10 @@ import torch
 
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.errors import DeviceError
-from kvquant.kernel_limits import layer_refusal
+from kvquant.kernel_limits import layer_refusal, prompt_refusal
 from kvquant.kernels import get_backend, say_once
+from kvquant.methods import method_class
+from kvquant.spec import QuantSpec
 
 
 def check_backend(
@@ -18,6 +20,7 @@ def check_backend(
     devices: Sequence[torch.device],
     *,
     block_size: int,
+    query_heads: int,
     rotated: int | None,
 ) -> None:
     """Refuse a backend that cannot run some layer, and tell where ``auto`` leaves a GPU to plain PyTorch.
@@ -27,23 +30,30 @@ def check_backend(
         quantizers: of the layers.
         devices: where they are.
         block_size: tokens per block.
+        query_heads: Hq.
         rotated: channels of a head that are rotated; None: none.
 
     Raises:
         DeviceError: names the layers, the reason and the backend that works.
     """
-    kinds = {device.type for device in devices}
-    try:
-        for kind in kinds:
+    for kind in {device.type for device in devices}:
+        try:
             get_backend(backend, kind)
-    except ValueError as error:
-        raise DeviceError(str(error)) from None
+        except ValueError as error:
+            raise DeviceError(str(error)) from None
     if backend not in ("auto", "triton"):
         return
     refused: dict[str, list[int]] = {}
     for layer, (quantizer, device) in enumerate(zip(quantizers, devices, strict=True)):
         if backend == "triton" or device.type == "cuda":
-            reason = _refusal(quantizer, block_size, rotated)
+            reason = triton_refusal_of(
+                quantizer.spec,
+                block_size,
+                num_kv_heads=quantizer.num_kv_heads,
+                head_dim=quantizer.head_dim,
+                query_heads=query_heads,
+                rotated=rotated,
+            )
             if reason is not None:
                 refused.setdefault(reason, []).append(layer)
     for reason, layers in refused.items():
@@ -55,15 +65,42 @@ def check_backend(
         say_once(f"kernel=auto attends with plain PyTorch in {where}: triton {reason}")
 
 
-def _refusal(quantizer: BatchedKVQuantizer, block_size: int, rotated: int | None) -> str | None:
-    if quantizer.own_store:
-        return f"reads the blocks of the nuq family, got quant={quantizer.spec.method}"
-    if quantizer.spec.mixes_exact:
-        return "reads no recent tokens or logit bias"
+def tell_of_prompts(
+    backend: str, devices: Sequence[torch.device], dtype: torch.dtype, softcap: float | None
+) -> None:
+    """Tell where prompts are attended to by plain PyTorch on a GPU, though decoding has a kernel.
+
+    Args:
+        backend: name of the kernels.
+        devices: of the layers.
+        dtype: of the model.
+        softcap: tanh cap of the scores, or None.
+    """
+    reason = prompt_refusal(str(dtype).removeprefix("torch."), softcap)
+    if reason is not None and backend in ("auto", "triton") and any(d.type == "cuda" for d in devices):
+        say_once(f"kernel={backend} attends to prompts with plain PyTorch, tile by tile: {reason}")
+
+
+def triton_refusal_of(
+    spec: QuantSpec,
+    block_size: int,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    query_heads: int,
+    rotated: int | None,
+) -> str | None:
+    """Say why no Triton kernel attends to layers that are stored by ``spec``; None: one does.
+
+    Arguments as of :func:`kvquant.kernel_limits.layer_refusal`; any method's spec is welcome.
+    """
+    if method_class(spec.method).own_store:
+        return f"reads the blocks of the nuq family, got quant={spec.method}"
     return layer_refusal(
-        quantizer.spec,
+        spec,
         block_size,
-        num_kv_heads=quantizer.num_kv_heads,
-        head_dim=quantizer.head_dim,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        query_heads=query_heads,
         rotated=rotated,
     )

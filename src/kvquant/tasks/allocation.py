@@ -43,7 +43,8 @@ def run(cfg: Any, context: Any) -> None:
     """
     task = cfg.task
     lengths = sorted(task.lengths)
-    appends = {n: _ways(n, task.channels, task.head_dim, context.device) for n in lengths}
+    backend = cfg.kernel.backend
+    appends = {n: _ways(n, task.channels, task.head_dim, context.device, backend) for n in lengths}
     seconds: dict[str, dict[int, list[float]]] = {way: {n: [] for n in lengths} for way in WAYS}
     order = random.Random(cfg.seed)
     for _ in progress(context.console)(range(task.repeats), "appending", task.repeats):
@@ -80,7 +81,9 @@ def _ratios(medians: dict[str, dict[int, float]], slow: str, fast: str) -> dict[
     return {str(n): medians[slow][n] / medians[fast][n] for n in medians[slow]}
 
 
-def _ways(tokens: int, channels: int, head_dim: int, device: torch.device) -> dict[str, Callable[[], object]]:
+def _ways(
+    tokens: int, channels: int, head_dim: int, device: torch.device, backend: str
+) -> dict[str, Callable[[], object]]:
     """One append per way, over a history of ``tokens`` tokens."""
     heads = channels // head_dim
     generator = torch.Generator().manual_seed(tokens)
@@ -101,8 +104,8 @@ def _ways(tokens: int, channels: int, head_dim: int, device: torch.device) -> di
     blocked = BlockedCSCMatrix(channels, device=device)
     blocked.append_tokens(index.repeat(tokens), values.repeat(tokens), csc_offsets)
     return {
-        "blocks_exact": _block_append(exact, tokens, token.half(), device),
-        "blocks_quantized": _block_append(nuq, tokens, token.half(), device),
+        "blocks_exact": _block_append(exact, tokens, token.half(), device, backend),
+        "blocks_quantized": _block_append(nuq, tokens, token.half(), device, backend),
         "blocked_csc": lambda: blocked.append_token(index, values),
         "cat_fp16": lambda: (torch.cat([history, row]), torch.cat([history, row])),
         "cat_csc": lambda: (
@@ -114,7 +117,7 @@ def _ways(tokens: int, channels: int, head_dim: int, device: torch.device) -> di
 
 
 def _block_append(
-    quantizer: BatchedKVQuantizer, tokens: int, token: torch.Tensor, device: torch.device
+    quantizer: BatchedKVQuantizer, tokens: int, token: torch.Tensor, device: torch.device, backend: str
 ) -> Callable[[], None]:
     """A pool that holds ``tokens`` tokens of one sequence, and the append of one more."""
     layout = BlockLayout(quantizer.spec, 1, quantizer.num_kv_heads, quantizer.head_dim, token.dtype)
@@ -126,7 +129,7 @@ def _block_append(
 
     def append() -> None:
         step = pool.reserve([row], [1])
-        quantizer.write(token, token, pool.layers[0], step)
+        quantizer.write(token, token, pool.layers[0], step, backend=backend)
         pool.commit()
 
     return append

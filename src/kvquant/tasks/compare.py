@@ -39,6 +39,8 @@ def run(cfg: Any, context: Any) -> None:
     # Expanded first: a wrong row costs no model.
     variants = [Variant("exact", QuantSpec(method="none")), *expand(task.variants)]
     bench = open_workbench(cfg, context)
+    for variant in variants:
+        bench.check_kernel(variant.spec)
     window = bench.length("task.window", task.window)
     bench.length("task.passkey_length", task.passkey_length if task.passkeys else None)
     stream = bench.heldout(task.max_tokens, task.part)

@@ -18,6 +18,7 @@ from kvquant.bench.shapes import SHAPES
 from kvquant.bench.stored import MadeUpKV, StoredHistory, layout_of
 from kvquant.bench.timing import Clock, Timing, copies_past_cache
 from kvquant.data.prompts import prompt_lengths
+from kvquant.models.backend_check import check_backend
 from kvquant.results import one_line
 from kvquant.spec import QuantSpec
 
@@ -255,7 +256,17 @@ class Bench:
     def _quantizer(self, name: str, bits: int) -> BatchedKVQuantizer:
         spec = QuantSpec(**{**dict(self.cfg.quant), "bits": bits, "key_bits": None, "value_bits": None})
         keys, values = (x.cpu() for x in self._data(name).take(CALIBRATION_TOKENS))
-        return BatchedKVQuantizer.calibrate(spec, keys, values).to(self.device)
+        quantizer = BatchedKVQuantizer.calibrate(spec, keys, values).to(self.device)
+        shape = SHAPES[name]
+        check_backend(
+            self.cfg.kernel.backend,
+            [quantizer],
+            [self.device],
+            block_size=self.cfg.cache.block_size,
+            query_heads=shape.query_heads,
+            rotated=shape.head_dim,
+        )
+        return quantizer
 
     def _layer_steps(self, case: Case) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
         """Quantizing one prompt's keys and values, as a share of its layer's prefill."""

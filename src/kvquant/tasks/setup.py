@@ -15,9 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvquant.calibration import Calibration, CalibrationText, calibrate
 from kvquant.data.corpus import Corpus, load_corpus
 from kvquant.data.prompts import calibration_stream, token_stream
-from kvquant.errors import DataError, ModelError
+from kvquant.errors import DataError, DeviceError, ModelError
 from kvquant.models import ModelShape, load_model, load_tokenizer, model_shape
+from kvquant.models.backend_check import triton_refusal_of
 from kvquant.models.loading import model_fingerprint
+from kvquant.models.rotary import rotated_channels
 from kvquant.spec import QuantSpec
 
 DEFAULT_SEQUENCE_LENGTH = (
@@ -58,8 +60,10 @@ class Workbench:
 
         Raises:
             CalibrationError: see :func:`kvquant.calibration.calibrate`.
+            DeviceError: see :meth:`check_kernel`.
         """
         settings = self.cfg.calibration
+        self.check_kernel(self.spec() if spec is None else spec)
         length = settings.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, self.context)
         return calibrate(
             self.model,
@@ -81,6 +85,25 @@ class Workbench:
             overwrite=overwrite,
             track=progress(self.console),
         )
+
+    def check_kernel(self, spec: QuantSpec) -> None:
+        """Refuse ``kernel=triton`` before anything is calibrated for layers that it would not run.
+
+        Raises:
+            DeviceError: says why, and which backend works.
+        """
+        if self.cfg.kernel.backend != "triton":
+            return
+        reason = triton_refusal_of(
+            spec,
+            self.cfg.cache.block_size,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+            query_heads=self.shape.num_query_heads,
+            rotated=rotated_channels(self.model.get_decoder().rotary_emb),
+        )
+        if reason is not None:
+            raise DeviceError(f"kernel=triton {reason}; try kernel=pytorch_fused")
 
     def heldout(self, max_tokens: int | None, part: str = "all") -> Tensor:
         """Tokens of the held-out split, int64 [at most max_tokens].
