@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from kvquant import nuq
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_pool import BlockPool
 from kvquant.errors import NonFiniteActivations, PoolExhausted
+from kvquant.fitting import CalibrationTokens
 from kvquant.kernels import SPILL_ENTRIES
 from kvquant.packed_kv import PackedKV
 from kvquant.packing import unpack
@@ -424,3 +426,22 @@ def test_refusals_say_what_to_do() -> None:
     keys[3, 1, 5] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinity in channel 69"):
         BatchedKVQuantizer.calibrate(QuantSpec(), keys, values)
+
+
+def test_widths_of_one_layer_share_what_is_counted(monkeypatch) -> None:
+    """The same constants as fitted alone, and no second pass over the tokens; tokens that were changed count anew."""
+    keys, values = torch.randn(2, 300, 2, 64, generator=torch.Generator().manual_seed(0))
+    alone = [BatchedKVQuantizer.calibrate(QuantSpec(bits, qnorm=True), keys, values) for bits in (2, 4)]
+    counted = []
+    for name in ("key_histogram", "value_histogram", "channel_thresholds"):
+        count = getattr(nuq, name)
+        monkeypatch.setattr(
+            nuq, name, lambda *a, count=count, name=name, **k: counted.append(name) or count(*a, **k)
+        )
+    tokens = CalibrationTokens(keys, values)
+    for bits, one in zip((2, 4), alone, strict=True):
+        together = one.fit(QuantSpec(bits, qnorm=True), tokens)
+        assert all(map(torch.equal, together.constants, one.constants))
+    assert sorted(counted) == ["channel_thresholds", "key_histogram", "value_histogram"]
+    shifted = one.fit(QuantSpec(4, qnorm=True), dataclasses.replace(tokens, keys=keys + 1))
+    assert not torch.equal(shifted.constants.key_zero, one.constants.key_zero)

@@ -9,11 +9,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.bench import operations
 from kvquant.bench.full_precision import FullPrecision, fastest
 from kvquant.bench.shapes import SHAPES
-from kvquant.bench.stored import MadeUpKV, StoredHistory
+from kvquant.bench.stored import MadeUpKV, StoredHistory, kept_exactly, quantizers_of
 from kvquant.bench.timing import Clock, Timing, copies_past_cache
 from kvquant.cli import conf_dir
 from kvquant.config import register_schemas, validate
@@ -46,9 +45,8 @@ def composed(*overrides: str):
 
 def history(lengths=(70, 5), copies=2, room=20, bits=4) -> StoredHistory:
     data = MadeUpKV(SHAPES["small"], 2048, torch.bfloat16, CPU, seed=0)
-    quantizer = BatchedKVQuantizer.calibrate(QuantSpec(bits), *data.take(1024))
     return StoredHistory(
-        quantizer,
+        quantizers_of(QuantSpec(), [bits], data.sample(4096))[bits],
         SHAPES["small"],
         lengths,
         copies=copies,
@@ -78,6 +76,63 @@ def test_the_whole_task_from_its_command_line(tmp_path):
     )
     assert {way["way"] for way in metrics["full_precision"]} >= {"sdpa_flash", "sdpa_math"}
     assert metrics["skipped"] == [] and metrics["copy_gb_per_s"] > 0
+
+
+def test_outliers_are_as_many_and_as_clustered_as_in_text():
+    """As the shipped model's on held-out text: 1.0% of keys, 25% of (block, head)s spill, 1% hold twice the mean."""
+    data = MadeUpKV(SHAPES["llama31_8b"], 16384, torch.bfloat16, CPU, seed=0)
+    quantizers = quantizers_of(QuantSpec(), [4, 2], sample := data.sample(16384))
+    assert quantizers[2].spec.widths == (2, 2)
+    assert torch.equal(quantizers[4].fitted.key_lower, quantizers[2].fitted.key_lower)
+    stored = StoredHistory(
+        quantizers[4],
+        data.shape,
+        [8192, 5000],
+        copies=1,
+        room=1,
+        data=data,
+        backend="auto",
+        block_size=64,
+        spill_headroom=2.0,
+    )
+    stored.fill()
+    found = kept_exactly(stored.pool)
+    assert 0.009 < found["key_outlier_fraction"] < 0.011 and found["value_outlier_fraction"] == 12 / 1024
+    assert 0.15 < found["spilled_blocks"] < 0.4 and found["key_outlier_base"] == 96
+    counts = stored.store(0).keys.outlier_count[stored.pool.blocks_of(stored.rows[0])].float()
+    assert 1.6 < float(counts.flatten().quantile(0.99)) / found["key_outliers_per_block"] < 2.4
+    # Calibration saw other tokens of the same channels.
+    keys, _ = data.take(16384)
+    seen = {bytes(row) for row in sample.keys.flatten(1).view(torch.uint8).numpy()}
+    assert not any(bytes(row) in seen for row in keys[:2000].flatten(1).view(torch.uint8).numpy())
+    spreads = [x.float().flatten(1).abs().median(0).values for x in (keys, sample.keys)]
+    torch.testing.assert_close(*spreads, rtol=0.1, atol=0)
+
+
+def test_a_run_that_is_cut_short_leaves_what_it_has(tmp_path, monkeypatch):
+    """Table, figure, bandwidths and the steps' seconds of every case that was finished."""
+    measure, done = kernel_cases.Bench.measure, []
+
+    def cut(self, case):
+        if done:
+            raise KeyboardInterrupt
+        done.append(case)
+        measure(self, case)
+
+    monkeypatch.setattr(kernel_cases.Bench, "measure", cut)
+    with pytest.raises(KeyboardInterrupt):
+        cfg = composed("task.bits=[4,3]", "task.operations=[write_keys,decode]")
+        run_task.execute(cfg, run_dir=tmp_path, console=Console(quiet=True))
+    result = load_result(tmp_path)
+    metrics = result["metrics"]
+    assert result["status"] == "interrupted" and result["figures"] == ["kernels.png"]
+    assert [row["operation"] for row in metrics["rows"]] == ["write_keys", "decode"]
+    assert all(row["copy_fraction"] > 0 for row in metrics["rows"]) and len(result["table"]["rows"]) == 2
+    assert metrics["decode_small_2x100_4bit_bytes"] > 0 and (tmp_path / "kernels.png").stat().st_size > 0
+    assert [row["bits"] for row in metrics["stored"]] == [4] and metrics["calibration_tokens"] == 16384
+    steps = {entry["step"]: entry["seconds"] for entry in metrics["steps"]}
+    assert {"storing small 2x100 at 4 bits", "decode of small 2x100 at 4 bits", "sdpa_flash"} <= set(steps)
+    assert "calibrating small on 16384 tokens" in steps and min(steps.values()) >= 0
 
 
 def test_what_does_not_fit_is_left_out_and_named(tmp_path, monkeypatch):

@@ -45,6 +45,8 @@ def test_memory_is_filled_until_a_prompt_is_refused(tmp_path):
         per_sequence = metrics[f"{name}_held_bytes"] / metrics[f"{name}_sequences"]
         assert metrics[f"{name}_pool_bytes"] + per_sequence > 0.95 * budget
         assert "block" in metrics[f"{name}_refusal"] and metrics[f"{name}_attend_s"] > 0
+    assert 0.008 < metrics["nuq4_key_outlier_fraction"] < 0.012 and 0 <= metrics["nuq4_spilled_blocks"] < 1
+    assert "exact_key_outlier_fraction" not in metrics
     assert metrics["nuq4_times_exact"] == metrics["nuq4_sequences"] / metrics["exact_sequences"]
     assert 1 == metrics["exact_times_exact"] < metrics["nuq4_times_exact"] < metrics["nuq2_times_exact"]
     # 128 channels carry much slack and many tables; still it is bits that decide.

@@ -325,6 +325,7 @@ def test_energy_and_kernel_runs_have_figures_and_rows_of_their_own(tmp_path: Pat
             "tokens": tokens,
             "is_trace": False,
             "us": 100.0,
+            "bytes": 2_500_000,
             "copy_fraction": 0.25,
             "speedup_over_full_precision": 0.5,
         }
@@ -336,8 +337,8 @@ def test_energy_and_kernel_runs_have_figures_and_rows_of_their_own(tmp_path: Pat
     figures = set(report(tmp_path / "runs", kept)["figures"])
     assert {"energy.png", "energy.pdf", "kernels.png", "kernels.pdf"} <= figures
     (table,) = build_tables(collect([str(tmp_path / "runs")]).ok)
-    assert [cell.text for cell in table.rows[0]][:8] == (
-        ["write_keys", "llama31_8b", "8x2048", "2", "100", "", "25.0", "0.50"]
+    assert [cell.text for cell in table.rows[0]][:9] == (
+        ["write_keys", "llama31_8b", "8x2048", "2", "100", "2.5", "", "25.0", "0.50"]
     )
 
 

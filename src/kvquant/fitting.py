@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +17,37 @@ from kvquant.spec import QuantSpec
 Codebook = Callable[[QuantSpec, int, Callable[[], nuq.WeightedHistogram]], Tensor]
 
 
-class CalibrationTokens(NamedTuple):
-    """What calibration saw of one layer, sink tokens left out."""
+@dataclasses.dataclass(frozen=True)
+class CalibrationTokens:
+    """What calibration saw of one layer, sink tokens left out; of several widths the counting is done once.
 
-    keys: Tensor  # [T, H, D], before RoPE
-    values: Tensor  # [T, H, D]
-    key_fisher: Tensor | None  # [T, H, D], squared gradient of the loss; None: all 1
-    value_fisher: Tensor | None
+    Args:
+        keys: before RoPE, [T, H, D].
+        values: [T, H, D].
+        key_fisher: squared gradient of the loss, [T, H, D]; None: all 1.
+        value_fisher: the same for values.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_fisher: Tensor | None = None
+    value_fisher: Tensor | None = None
+    # Not carried over by dataclasses.replace: other tokens are counted anew.
+    _counted: dict[Hashable, Any] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def chosen(self, mask: Tensor) -> CalibrationTokens:
         """The tokens where a bool [T] is true."""
-        return CalibrationTokens(*(None if x is None else x[mask] for x in self))  # type: ignore[arg-type]
+        parts = (self.keys, self.values, self.key_fisher, self.value_fisher)
+        return CalibrationTokens(*(None if x is None else x[mask] for x in parts))  # type: ignore[arg-type]
+
+    def once(self, what: str, spec: QuantSpec, count: Callable[[], Any]) -> Any:
+        """What ``count`` returns, computed the first time that it is asked for of a spec, whatever the spec's widths."""
+        key = (what, dataclasses.replace(spec, bits=1, key_bits=1, value_bits=1))
+        if key not in self._counted:
+            self._counted[key] = count()
+        return self._counted[key]
 
 
 def fit_constants(spec: QuantSpec, tokens: CalibrationTokens, codebook: Codebook) -> LayerConstants:
@@ -40,27 +60,31 @@ def fit_constants(spec: QuantSpec, tokens: CalibrationTokens, codebook: Codebook
     """
     _, H, D = tokens.keys.shape
     C = H * D
-    k, v, kf, vf = (None if x is None else x.reshape(-1, C) for x in tokens)
-    assert k is not None and v is not None
+    k, v = tokens.keys.reshape(-1, C), tokens.values.reshape(-1, C)
+    kf, vf = (None if x is None else x.reshape(-1, C) for x in (tokens.key_fisher, tokens.value_fisher))
     if spec.fisher_weight == "none":
         kf = vf = None
     scale2 = spec.fisher_weight == "fisher_scale2"
 
-    lower, upper = key_thresholds(spec, k, H)
+    lower, upper = tokens.once("thresholds", spec, lambda: key_thresholds(spec, k, H))
     zero, scale = nuq.zero_and_scale(lower, upper)
     group = spec.value_group_channels(C)
     per_end = nuq.value_outlier_count(spec.value_outliers, group)
     rows = v.reshape(-1, group)
     row_weights = None if vf is None else vf.reshape(-1, group)
     key_bits, value_bits = spec.widths
+
+    def count_keys() -> nuq.WeightedHistogram:
+        return nuq.key_histogram(k, lower, upper, kf, times_scale2=scale2)
+
+    def count_values() -> nuq.WeightedHistogram:
+        return nuq.value_histogram(rows, per_end, row_weights, times_scale2=scale2)
+
     key_codebook, key_centroids = _centroids(
-        spec, key_bits, codebook, lambda: nuq.key_histogram(k, lower, upper, kf, times_scale2=scale2)
+        spec, key_bits, codebook, lambda: tokens.once("keys", spec, count_keys)
     )
     value_codebook, value_centroids = _centroids(
-        spec,
-        value_bits,
-        codebook,
-        lambda: nuq.value_histogram(rows, per_end, row_weights, times_scale2=scale2),
+        spec, value_bits, codebook, lambda: tokens.once("values", spec, count_values)
     )
     if spec.outlier_fraction == 0:
         # Nothing is an outlier: keys beyond the calibrated range clamp to the end centroids.
@@ -83,11 +107,10 @@ def _centroids(
     spec: QuantSpec, bits: int, codebook: Codebook, histogram: Callable[[], nuq.WeightedHistogram]
 ) -> tuple[Tensor, Tensor]:
     """Return the codebook that decides codes, and the centroids that codes decode to (Q-Norm applied)."""
-    count = functools.cache(histogram)
-    fitted = codebook(spec, bits, count)
+    fitted = codebook(spec, bits, histogram)
     if not spec.qnorm:
         return fitted, fitted
-    gain, offset = nuq.qnorm_affine(count(), fitted)
+    gain, offset = nuq.qnorm_affine(histogram(), fitted)
     return fitted, fitted * gain + offset
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -76,20 +77,22 @@ class FullPrecision:
         return 2 * copies * len(lengths) * max(lengths) * shape.channels * dtype.itemsize
 
     def measure(
-        self, clock: Clock, kinds: Sequence[str], on_way: Callable[[str], None] = lambda _: None
+        self,
+        clock: Clock,
+        kinds: Sequence[str],
+        step: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> dict[str, Timing | str]:
         """Time every way; one that cannot run has the reason in its place.
 
         Args:
             clock: measures.
             kinds: which of `WAYS` to try.
-            on_way: told each way's name before it runs.
+            step: entered with each way's name while it is measured.
         """
         found: dict[str, Timing | str] = {}
         for name, make in self.ways(kinds):
-            on_way(name)
             try:
-                with warnings.catch_warnings():
+                with step(name), warnings.catch_warnings():
                     # A backend that refuses warns of every condition that it misses.
                     warnings.simplefilter("ignore")
                     found[name] = clock.measure(make(), self.copies)

@@ -6,6 +6,8 @@ both; dividing leaves it the direction alone. The rest is nuq's, down to the ker
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,8 @@ class Method(Nuq):
         """Fit nuq to normalized keys; their gradient grows by what they were divided by."""
         norm, fisher = _norm(tokens.keys), tokens.key_fisher
         fisher = None if fisher is None else fisher.float() * norm.square()
-        return super().fit(spec, tokens._replace(keys=tokens.keys.float() / norm, key_fisher=fisher))
+        normalized = dataclasses.replace(tokens, keys=tokens.keys.float() / norm, key_fisher=fisher)
+        return super().fit(spec, normalized)
 
     def layout(
         self, num_layers: int, dtype: torch.dtype, block_size: int, spill_headroom: float

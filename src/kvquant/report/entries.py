@@ -42,6 +42,7 @@ def _kernels(run: Run) -> Rows:
             [str(row.get(key, "")) for key in ("operation", "shape", "label", "bits")],
             [
                 _number(row.get("us"), ".0f"),
+                _number(row.get("bytes"), ".1f", 1e-6),
                 _number(row.get("gb_per_s"), ".0f"),
                 _number(row.get("copy_fraction"), ".1f", 100),
                 _number(row.get("speedup_over_full_precision"), ".2f"),
@@ -61,7 +62,7 @@ KINDS = (
     Entries(("method",), tuple(title for title, *_ in VARIANT_COLUMNS), _compared),
     Entries(
         ("operation", "shape", "case", "bits"),
-        ("us", "GB/s", "of a copy [%]", "x full precision", "x dequantize then attend"),
+        ("us", "MB", "GB/s", "of a copy [%]", "x full precision", "x dequantize then attend"),
         _kernels,
     ),
 )

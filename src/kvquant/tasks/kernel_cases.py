@@ -15,14 +15,14 @@ from kvquant.bench.full_precision import FullPrecision
 from kvquant.bench.model_layer import ModelLayer
 from kvquant.bench.operations import Row, measure_attention, measure_dequantize, measure_writes
 from kvquant.bench.shapes import SHAPES
-from kvquant.bench.stored import MadeUpKV, StoredHistory, layout_of
+from kvquant.bench.steps import Steps
+from kvquant.bench.stored import MadeUpKV, StoredHistory, kept_exactly, layout_of, quantizers_of
 from kvquant.bench.timing import Clock, Timing, copies_past_cache
 from kvquant.data.prompts import prompt_lengths
 from kvquant.models.backend_check import check_backend
 from kvquant.results import one_line
 from kvquant.spec import QuantSpec
 
-CALIBRATION_TOKENS = 1024
 # Tokens drawn beyond those of one call, so that copies and pieces hold different ones.
 SPARE_TOKENS = 8192
 # Of the memory that is free, what a case may plan to take; the rest is for temporaries.
@@ -64,6 +64,9 @@ class Case:
         """Batch and length as metrics name them: 8x32768, or trace8."""
         return f"trace{len(self.lengths)}" if self.is_trace else f"{len(self.lengths)}x{self.lengths[0]}"
 
+    def __str__(self) -> str:
+        return f"{self.shape} {self.label} at {self.bits} bits"
+
     def as_row(self) -> Row:
         """What a row says of its case."""
         return {
@@ -89,6 +92,8 @@ class Bench:
         rivals: every full-precision way's time, or why it did not run.
         skipped: what does not fit the memory.
         failed: what raised, or gave a wrong result.
+        stored: what each history keeps exactly, see :func:`kept_exactly`.
+        steps: what took how long.
     """
 
     def __init__(self, cfg: Any, context: Any) -> None:
@@ -100,6 +105,8 @@ class Bench:
         self.rivals: list[Row] = []
         self.skipped: list[Row] = []
         self.failed: list[Row] = []
+        self.stored: list[Row] = []
+        self.steps = Steps(self.clock.wait)
 
     def setting(self, name: str) -> Any:
         """A setting, or what suits the device where it says nothing."""
@@ -134,7 +141,8 @@ class Bench:
 
     def _measure_step(self, case: Case, name: str, step: Callable[[], list[Row]]) -> None:
         try:
-            self.rows += [{**case.as_row(), **row} for row in step()]
+            with self.steps.step(f"{name} of {case}"):
+                self.rows += [{**case.as_row(), **row} for row in step()]
         except (DoesNotFit, torch.OutOfMemoryError) as error:
             self._note(self.skipped, case, name, error)
         except (
@@ -152,7 +160,8 @@ class Bench:
         if not wanted - {"layer_share"}:
             return
         rivals = {new: self._rivals_that_fit(case, new) for new in self._new(case)}
-        history = self._history(case.shape, case.lengths, case.bits, room=self._chunk(case))
+        with self.steps.step(f"room for {case}"):
+            history = self._history(case.shape, case.lengths, case.bits, room=self._chunk(case))
         if wanted & {"write_keys", "write_values"}:
             most = self.task.write_tokens
             yield (
@@ -163,7 +172,9 @@ class Bench:
             )
         if not wanted & {"dequantize", "decode", "prefill"}:
             return
-        history.fill()
+        with self.steps.step(f"storing {case}"):
+            history.fill()
+        self.stored.append({**case.as_row(), **kept_exactly(history.pool)})
         if "dequantize" in wanted:
             yield "dequantize", lambda: [measure_dequantize(history, self.clock)]
         for new in rivals:
@@ -205,9 +216,10 @@ class Bench:
         copies = copies_past_cache(once, self.device, self.setting("most_copies"))
         # Ways that want another layout make a copy.
         self._require(2 * copies * once)
-        found = FullPrecision(shape, seen, new, copies, self.dtype, self.device).measure(
-            self.clock, list(self.task.baselines)
-        )
+        with self.steps.step(f"full precision of {name} {label}, {new} new"):
+            found = FullPrecision(shape, seen, new, copies, self.dtype, self.device).measure(
+                self.clock, list(self.task.baselines), self.steps.step
+            )
         entry = {"operation": "decode" if new == 1 else "prefill", "shape": name, "label": label, "new": new}
         for way, timing in found.items():
             said = {"refused": timing} if isinstance(timing, str) else {"us": 1e6 * timing.median_s}
@@ -218,7 +230,7 @@ class Bench:
 
     def _history(self, name: str, lengths: tuple[int, ...], bits: int, *, room: int) -> StoredHistory:
         shape, cache = SHAPES[name], self.cfg.cache
-        quantizer = self._quantizer(name, bits)
+        quantizer = self._quantizers(name)[bits]
         layout = layout_of(
             quantizer,
             shape,
@@ -248,25 +260,28 @@ class Bench:
     def _data(self, name: str) -> MadeUpKV:
         most = max(sum(case.lengths) for case in self.cases() if case.shape == name)
         chunk = max(self._chunk(case) * len(case.lengths) for case in self.cases())
-        tokens = max(min(most, self.task.write_tokens), chunk, CALIBRATION_TOKENS) + SPARE_TOKENS
+        tokens = max(min(most, self.task.write_tokens), chunk) + SPARE_TOKENS
         self._require(2 * tokens * SHAPES[name].channels * self.dtype.itemsize)
-        return MadeUpKV(SHAPES[name], tokens, self.dtype, self.device, self.cfg.seed)
+        with self.steps.step(f"drawing {tokens} tokens of {name}"):
+            return MadeUpKV(SHAPES[name], tokens, self.dtype, self.device, self.cfg.seed)
 
-    @functools.lru_cache(maxsize=16)  # noqa: B019
-    def _quantizer(self, name: str, bits: int) -> BatchedKVQuantizer:
-        spec = QuantSpec(**{**dict(self.cfg.quant), "bits": bits, "key_bits": None, "value_bits": None})
-        keys, values = (x.cpu() for x in self._data(name).take(CALIBRATION_TOKENS))
-        quantizer = BatchedKVQuantizer.calibrate(spec, keys, values).to(self.device)
-        shape = SHAPES[name]
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def _quantizers(self, name: str) -> dict[int, BatchedKVQuantizer]:
+        """One for each width, calibrated as a model's would be: on as many tokens, and not on those that are stored."""
+        shape, count = SHAPES[name], self.cfg.calibration.tokens
+        with self.steps.step(f"calibrating {name} on {count} tokens"):
+            found = quantizers_of(
+                QuantSpec(**dict(self.cfg.quant)), self.task.bits, self._data(name).sample(count)
+            )
         check_backend(
             self.cfg.kernel.backend,
-            [quantizer],
-            [self.device],
+            list(found.values()),
+            [self.device] * len(found),
             block_size=self.cfg.cache.block_size,
             query_heads=shape.query_heads,
             rotated=shape.head_dim,
         )
-        return quantizer
+        return {bits: quantizer.to(self.device) for bits, quantizer in found.items()}
 
     def _layer_steps(self, case: Case) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
         """Quantizing one prompt's keys and values, as a share of its layer's prefill."""
@@ -299,7 +314,8 @@ class Bench:
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _layer(self, name: str, tokens: int) -> tuple[str, Timing]:
         self._require(ModelLayer.nbytes(SHAPES[name], tokens, self.dtype))
-        return ModelLayer(SHAPES[name], tokens, self.dtype, self.device).measure(self.clock)
+        with self.steps.step(f"prefill of one {name} layer, {tokens} tokens"):
+            return ModelLayer(SHAPES[name], tokens, self.dtype, self.device).measure(self.clock)
 
     def _require(self, num_bytes: int) -> None:
         """Raise unless so much memory is free."""

@@ -46,60 +46,77 @@ def run(cfg: Any, context: Any) -> None:
         context: see :class:`kvquant.tasks.run_task.TaskContext`.
     """
     bench = Bench(cfg, context)
-    record, console = context.record, context.console
-    record.metrics |= {
+    context.record.metrics |= {
         "rows": bench.rows,
         "full_precision": bench.rivals,
         "skipped": bench.skipped,
         "failed": bench.failed,
+        "stored": bench.stored,
+        "steps": bench.steps.taken,
+        "calibration_tokens": cfg.calibration.tokens,
     }
-    cases = bench.cases()
-    copies_s = [bench.clock.copy_bytes_per_s()]
+    console, cases = context.console, bench.cases()
+    with bench.steps.step("a copy's bandwidth"):
+        copies_s = [bench.clock.copy_bytes_per_s()]
     with torch.no_grad():
         for case in progress(console)(cases, "kernels", len(cases)):
             bench.measure(case)
-            record.save()  # so that a run that is cut short leaves what it has
+            _report(cfg, context, bench.rows, copies_s)  # a run that is cut short leaves what it has
     copies_s.append(bench.clock.copy_bytes_per_s())
-    copy = statistics.mean(copies_s)
-    for row in bench.rows:
-        if "bytes" in row:
-            row["gb_per_s"] = row["bytes"] / row["us"] / 1e3
-            row["copy_fraction"] = 1e9 * row["gb_per_s"] / copy
-    record.metrics |= {
-        "copy_gb_per_s": copy / 1e9,
-        "copy_gb_per_s_before_and_after": [c / 1e9 for c in copies_s],
-        **flat(bench.rows),
-    }
-    record.set_table(
-        f"{cfg.task.dtype}: us; share of a copy's {copy / 1e9:.0f} GB/s; times as fast as the best full-precision way, "
-        "and as dequantizing first (layer_share: percent of the layer's prefill)",
-        *table(bench.rows),
-    )
+    _report(cfg, context, bench.rows, copies_s)
     for said, notes in (("left out", bench.skipped), ("failed", bench.failed)):
         for note in notes:
             where = f"{note['part']} of {note['shape']} {note['label']} at {note['bits']} bits"
             console.print(f"{said}: {where}: {note['reason']}", highlight=False, markup=False)
-    if cfg.task.figures and bench.rows:
-        _draw(context)
+    if cfg.task.figures and not _can_draw():
+        console.print(
+            "no matplotlib here, so no figure; elsewhere: python -m kvquant.report.kernels_figure result.json kernels.png"
+        )
     if bench.failed:
         from kvquant.tasks.run_task import print_table
 
-        print_table(console, record)
+        print_table(console, context.record)
         raise DeviceError(
             f"every operation must run and be right, {len(bench.failed)} failed, first {bench.failed[0]['part']}: "
             f"{bench.failed[0]['reason']}; the others are in result.json"
         )
 
 
-def _draw(context: Any) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        context.console.print(
-            "no matplotlib here, so no figure; elsewhere: python -m kvquant.report.kernels_figure result.json kernels.png"
-        )
-        return
-    from kvquant.report.kernels_figure import draw_kernels
+def _report(cfg: Any, context: Any, rows: list[Row], copies_s: list[float]) -> None:
+    """Write numbers, table and figure of what has been measured so far.
 
-    context.record.add_figure(draw_kernels(context.record.metrics["rows"], context.run_dir / "kernels.png"))
+    Args:
+        cfg: the composed configuration.
+        context: of the task.
+        rows: measurements; those with bytes get their share of a copy's bandwidth.
+        copies_s: bytes per second of copies before, and after if the run is over.
+    """
+    record, copy = context.record, statistics.mean(copies_s)
+    for row in rows:
+        if "bytes" in row:
+            row["gb_per_s"] = row["bytes"] / row["us"] / 1e3
+            row["copy_fraction"] = 1e9 * row["gb_per_s"] / copy
+    record.metrics |= {
+        "copy_gb_per_s": copy / 1e9,
+        "copy_gb_per_s_before_and_after": [c / 1e9 for c in copies_s],
+        **flat(rows),
+    }
+    record.set_table(
+        f"{cfg.task.dtype}: us; bytes that must move, and their share of a copy's {copy / 1e9:.0f} GB/s; times as fast as "
+        "the best full-precision way, and as dequantizing first (layer_share: percent of the layer's prefill)",
+        *table(rows),
+    )
+    if cfg.task.figures and rows and _can_draw():
+        from kvquant.report.kernels_figure import draw_kernels
+
+        path = draw_kernels(rows, context.run_dir / "kernels.png")
+        if path.name not in record.figures:
+            record.add_figure(path)
+    record.save()
+
+
+def _can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def flat(rows: list[Row]) -> dict[str, float]:
@@ -126,10 +143,11 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
             [
                 f"{row['operation']} {row['shape']} {row['label']} {row['bits']}b",
                 f"{row['us']:.0f}",
+                f"{row['bytes'] / 1e6:.1f}" if "bytes" in row else "",
                 f"{row['copy_fraction']:.0%}" if "copy_fraction" in row else "",
                 rival,
                 f"{row[dense]:.2f}x" if dense in row else "",
                 f"{row['graph_us']:.0f}" if "graph_us" in row else "",
             ]
         )
-    return ["", "us", "copy", "full precision", "dense", "graph us"], lines
+    return ["", "us", "MB", "copy", "full precision", "dense", "graph us"], lines

@@ -15,7 +15,7 @@ import torch
 
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.bench.shapes import SHAPES, LayerShape
-from kvquant.bench.stored import MadeUpKV, rope_tables
+from kvquant.bench.stored import MadeUpKV, kept_exactly, quantizers_of, rope_tables
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
 from kvquant.errors import PoolExhausted
@@ -25,7 +25,6 @@ from kvquant.ragged import RaggedStep
 from kvquant.spec import QuantSpec
 from kvquant.tasks.setup import progress
 
-CALIBRATION_TOKENS = 1024
 # A layer's tokens start elsewhere in the drawn ones than the layer before's.
 STRIDE = 389
 
@@ -46,10 +45,9 @@ def run(cfg: Any, context: Any) -> None:
     weights = torch.zeros(int(task.weights_gib * 2**30), dtype=torch.uint8, device=device)
     data = MadeUpKV(shape, task.prompt_tokens + STRIDE * task.layers, dtype, device, cfg.seed)
     quantizers = {"exact": BatchedKVQuantizer.exact(shape.kv_heads, shape.head_dim)}
-    sample = [x.cpu() for x in data.take(min(CALIBRATION_TOKENS, data.tokens))]
-    for bits in task.bits:
-        spec = QuantSpec(**{**dict(cfg.quant), "bits": bits, "key_bits": None, "value_bits": None})
-        quantizers[f"nuq{bits}"] = BatchedKVQuantizer.calibrate(spec, *sample).to(device)
+    sample = data.sample(cfg.calibration.tokens)
+    for bits, quantizer in quantizers_of(QuantSpec(**dict(cfg.quant)), task.bits, sample).items():
+        quantizers[f"nuq{bits}"] = quantizer.to(device)
     budget = _budget_bytes(task, device)
     metrics |= {"budget_bytes": budget, "weights_bytes": weights.nbytes, "layers": task.layers}
     rows = []
@@ -121,6 +119,7 @@ def _fill(
         "held_bytes": pool.bytes_held,
         "pool_bytes": pool.bytes_total,
         "effective_bits": 8 * pool.bytes_held / numbers,
+        **kept_exactly(pool),
         "fill_s": fill_s,
         "attend_s": _attend_s(quantizer, shape, data, pool, rows, cfg),
         "refusal": refusal,
