@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ from kvquant.bench.shapes import SHAPES
 from kvquant.bench.steps import Steps
 from kvquant.bench.stored import MadeUpKV, StoredHistory, kept_exactly, layout_of, quantizers_of
 from kvquant.bench.timing import Clock, Timing, copies_past_cache
+from kvquant.bench.warm_up import compile_ahead
 from kvquant.data.prompts import prompt_lengths
 from kvquant.models.backend_check import check_backend
 from kvquant.results import one_line
@@ -244,17 +246,34 @@ class Bench:
         copies = copies_past_cache(once, self.device, self.setting("most_copies"))
         dense = min(1 << 28, max(lengths) * shape.channels) * 4
         self._require(copies * once + 6 * dense)
+        return self._stored(name, quantizer, lengths, copies=copies, room=room)
+
+    def _stored(
+        self, name: str, quantizer: BatchedKVQuantizer, lengths: Sequence[int], *, copies: int, room: int
+    ) -> StoredHistory:
         return StoredHistory(
             quantizer,
-            shape,
+            SHAPES[name],
             lengths,
             copies=copies,
             room=room,
             data=self._data(name),
             backend=self.cfg.kernel.backend,
-            block_size=cache.block_size,
-            spill_headroom=cache.spill_headroom,
+            block_size=self.cfg.cache.block_size,
+            spill_headroom=self.cfg.cache.spill_headroom,
         )
+
+    def _compile_ahead(self, name: str, quantizers: Iterable[BatchedKVQuantizer]) -> None:
+        """Compile what a shape's cases run, all widths at once, where that takes long."""
+        new = [self._new(case) for case in self.cases() if case.shape == name]
+        calls = sorted(set(itertools.chain.from_iterable(new)))
+        lengths = [2 * self.cfg.cache.block_size + 1]
+        if not calls or not self.clock.is_cuda:
+            return
+        tiny = [self._stored(name, q, lengths, copies=2, room=max(calls)) for q in quantizers]
+        if getattr(tiny[0].kernels, "TAKES_RUNS", False):  # the ones that Triton compiles
+            with self.steps.step(f"compiling kernels for {name}"):
+                compile_ahead(tiny, calls, self.cfg.cache.prefill_reads)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
     def _data(self, name: str) -> MadeUpKV:
@@ -281,7 +300,9 @@ class Bench:
             query_heads=shape.query_heads,
             rotated=shape.head_dim,
         )
-        return {bits: quantizer.to(self.device) for bits, quantizer in found.items()}
+        placed = {bits: quantizer.to(self.device) for bits, quantizer in found.items()}
+        self._compile_ahead(name, placed.values())
+        return placed
 
     def _layer_steps(self, case: Case) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
         """Quantizing one prompt's keys and values, as a share of its layer's prefill."""
