@@ -78,6 +78,22 @@ def test_the_whole_task_from_its_command_line(tmp_path):
     assert metrics["skipped"] == [] and metrics["copy_gb_per_s"] > 0
 
 
+@pytest.mark.gpu
+def test_the_whole_task_on_a_gpu(tmp_path):
+    """What it measures there alone: kernels compiled ahead, every library's attention, a CUDA graph."""
+    cfg = composed("device=cuda", "task.bits=[4,2]", "task.ragged_context=0", "task.baselines=[sdpa,varlen]")
+    run_task.execute(cfg, run_dir=tmp_path, console=Console(quiet=True))
+    metrics = load_result(tmp_path)["metrics"]
+    assert metrics["failed"] == metrics["skipped"] == []
+    assert {row["operation"] for row in metrics["rows"]} == set(KERNEL_OPERATIONS)
+    assert all(row["graph_us"] > 0 for row in metrics["rows"] if row["operation"] == "decode")
+    assert any(way["way"] == "sdpa_flash" and way.get("us", 0) > 0 for way in metrics["full_precision"])
+    steps = [entry["step"] for entry in metrics["steps"]]
+    # No measurement pays for what takes seconds to compile.
+    ahead = steps.index("compiling kernels for small")
+    assert all(ahead < steps.index(f"decode of small 2x100 at {bits} bits") for bits in (4, 2))
+
+
 def test_outliers_are_as_many_and_as_clustered_as_in_text():
     """As the shipped model's on held-out text: 1.0% of keys, 25% of (block, head)s spill, 1% hold twice the mean."""
     data = MadeUpKV(SHAPES["llama31_8b"], 16384, torch.bfloat16, CPU, seed=0)

@@ -199,7 +199,9 @@ def work():
     assert float(torch.ones(8, device="cuda").sum()) == 8
 sys.exit(in_a_fork(work) or in_a_fork(work))
 """
-    environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    # Packages that the tests found through it are there for the fork too.
+    paths = os.pathsep.join([str(SRC), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
