@@ -36,6 +36,9 @@ def test_memory_is_filled_until_a_prompt_is_refused(tmp_path):
     result = load_result(tmp_path)
     metrics = result["metrics"]
     assert result["status"] == "ok" and len(result["table"]["rows"]) == 3
+    assert [entry["step"] for entry in metrics["steps"]][2:] == [
+        f"filling the memory, {name}" for name in ("exact", "nuq4", "nuq2")
+    ]
     # Two blocks of 64 tokens hold a prompt: 2 layers x 2 sides x 128 tokens x 128 channels x 2 bytes.
     budget, exact = metrics["budget_bytes"], 2 * 2 * 128 * 128 * 2
     assert metrics["exact_sequences"] == (budget - 4096) // exact

@@ -15,6 +15,7 @@ import torch
 
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.bench.shapes import SHAPES, LayerShape
+from kvquant.bench.steps import Steps
 from kvquant.bench.stored import MadeUpKV, kept_exactly, quantizers_of, rope_tables
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
@@ -40,19 +41,29 @@ def run(cfg: Any, context: Any) -> None:
         PoolExhausted: not even one prompt fits; says what would.
     """
     task, device, metrics = cfg.task, context.device, context.record.metrics
-    shape = SHAPES[task.shape]
+    shape, steps = SHAPES[task.shape], Steps()
     dtype: torch.dtype = getattr(torch, task.dtype)
     weights = torch.zeros(int(task.weights_gib * 2**30), dtype=torch.uint8, device=device)
-    data = MadeUpKV(shape, task.prompt_tokens + STRIDE * task.layers, dtype, device, cfg.seed)
+    with steps.step("drawing keys and values"):
+        data = MadeUpKV(shape, task.prompt_tokens + STRIDE * task.layers, dtype, device, cfg.seed)
     quantizers = {"exact": BatchedKVQuantizer.exact(shape.kv_heads, shape.head_dim)}
-    sample = data.sample(cfg.calibration.tokens)
-    for bits, quantizer in quantizers_of(QuantSpec(**dict(cfg.quant)), task.bits, sample).items():
-        quantizers[f"nuq{bits}"] = quantizer.to(device)
+    with steps.step(f"calibrating on {cfg.calibration.tokens} tokens"):
+        sample = data.sample(cfg.calibration.tokens)
+        for bits, quantizer in quantizers_of(QuantSpec(**dict(cfg.quant)), task.bits, sample).items():
+            quantizers[f"nuq{bits}"] = quantizer.to(device)
     budget = _budget_bytes(task, device)
-    metrics |= {"budget_bytes": budget, "weights_bytes": weights.nbytes, "layers": task.layers}
+    metrics |= {
+        "budget_bytes": budget,
+        "weights_bytes": weights.nbytes,
+        "layers": task.layers,
+        "calibration_tokens": cfg.calibration.tokens,
+        "steps": steps.taken,
+    }
+    title = f"prompts of {task.prompt_tokens} tokens of {task.layers} {task.shape} layers in {budget / 2**30:.2f} GiB"
+    columns = ["", "prompts", "of exact", "held", "bits", "stored in", "attention of a step"]
     rows = []
     for name in progress(context.console)(list(quantizers), "filling the memory", len(quantizers)):
-        with torch.no_grad():
+        with torch.no_grad(), steps.step(f"filling the memory, {name}"):
             found = _fill(quantizers[name], shape, data, budget, cfg)
         ratio = found["sequences"] / metrics.get("exact_sequences", found["sequences"])
         metrics |= {f"{name}_{key}": value for key, value in found.items()}
@@ -68,10 +79,8 @@ def run(cfg: Any, context: Any) -> None:
                 f"{1e3 * found['attend_s']:.1f} ms",
             ]
         )
-        context.record.save()
-    title = f"prompts of {task.prompt_tokens} tokens of {task.layers} {task.shape} layers in {budget / 2**30:.2f} GiB"
-    columns = ["", "prompts", "of exact", "held", "bits", "stored in", "attention of a step"]
-    context.record.set_table(title, columns, rows)
+        context.record.set_table(title, columns, rows)
+        context.record.save()  # a run that is cut short leaves what it has
 
 
 def _budget_bytes(task: Any, device: torch.device) -> int:
