@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import sys
 import threading
 import time
 
 import pytest
 
-from kvquant.bench.meter_cost import processor_meter
+from kvquant.bench.meter_cost import PRODUCT_ROWS, main, processor_meter
 from kvquant.energy.cost import NEIGHBOURS, Span, reading_cost, repetitions
 
 READ_S, EVERY_S = 0.0014, 0.2
@@ -59,3 +61,19 @@ def test_a_window_tells_what_its_thread_did() -> None:
     assert window.state["reading_percent"] > 0
     meter.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "kvquant-energy"]
+
+
+def test_the_cost_is_left_for_work_that_host_and_device_pace(tmp_path, monkeypatch, capsys) -> None:
+    left = tmp_path / "cost.json"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    # Short work, so that enough neighbours fit between two readings on a busy machine too.
+    monkeypatch.setattr("kvquant.bench.meter_cost.OPERATIONS", 10)
+    monkeypatch.setitem(PRODUCT_ROWS, "cpu", 64)
+    monkeypatch.setattr(sys, "argv", ["meter_cost.py", "--seconds=1.5", "--json", str(left)])
+    main()
+    found, said = json.loads(left.read_text()), capsys.readouterr().out
+    for name in ("host", "device"):
+        assert found[name]["share"]["low"] <= found[name]["share"]["value"] <= found[name]["share"]["high"]
+        assert f"{name}-bound, {found[name]['text']}" in said
+    assert found["source"] == "/proc/stat" and found["seconds"] == 1.5
+    assert found["provenance"]["packages"]["torch"]

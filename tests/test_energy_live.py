@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kvquant.bench.meter_cost import measure, tiny_operations
+from kvquant.bench.meter_cost import WORK, measure
 from kvquant.energy import CarbonIntensity, Meter, open_meter, open_nvml
 from kvquant.energy.protocol import counterbalanced_rounds, fill_window, measure_idle
 from kvquant.energy.statistics import coefficient_of_variation, fit_line, paired_ratio
@@ -25,7 +25,7 @@ from kvquant.tasks.energy_loads import matrix_load
 
 pytestmark = pytest.mark.gpu
 
-COST_ROUNDS, COST_S, HOST_S = 8, 1.0, 40.0
+COST_ROUNDS, COST_S, READINGS_S = 8, 1.0, 40.0
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +93,14 @@ def test_measuring_costs_device_bound_work_less_than_a_hundredth(
     assert ratio.value < 1.01
 
 
-def test_readings_cost_host_bound_work_less_than_a_hundredth() -> None:
+@pytest.mark.parametrize("pace", WORK)
+def test_readings_cost_work_less_than_a_hundredth(pace: str) -> None:
     meter = open_nvml(CarbonIntensity(500.0, "any"))
     try:
-        cost, said = measure(meter, tiny_operations("cuda"), HOST_S)
+        cost, said = measure(meter, WORK[pace]("cuda"), READINGS_S)
     finally:
         meter.close()
-    print(said)
+    print(f"{pace}-bound, {said}")
     assert cost is not None and cost.high < 0.01
 
 

@@ -1,15 +1,19 @@
-"""``python -m kvquant.bench.meter_cost``: what the energy meter's background readings cost work that the host paces.
+"""``python -m kvquant.bench.meter_cost``: what the energy meter's background readings cost the work beside them.
 
-On a GPU, NVML and launches of tiny kernels; without one, a counter made of the processor's own times, and tiny operations.
+On a GPU, NVML beside launches of tiny kernels, which the host paces, and beside matrix products, which the device paces;
+without one, a counter made of the processor's own times, beside tiny operations and products on the processor.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,9 +21,14 @@ from kvquant.energy import CarbonIntensity, CounterLimits, Sample, open_nvml
 from kvquant.energy.cost import reading_cost, repetitions
 from kvquant.energy.sampling import SampledMeter, ThreadSampler
 from kvquant.energy.statistics import Interval
+from kvquant.provenance import collect_provenance
 
 GRID = CarbonIntensity(500.0, "any")
 OPERATIONS = 100  # in a repetition: about a millisecond
+PRODUCT_ROWS = {
+    "cuda": 8192,
+    "cpu": 384,
+}  # a product takes a millisecond or two, far less than readings are apart
 
 
 def processor_meter(poll_s: float) -> SampledMeter:
@@ -46,6 +55,25 @@ def tiny_operations(device: str) -> Callable[[], None]:
     return work
 
 
+def matrix_products(device: str) -> Callable[[], None]:
+    """Work that the device is too slow for: the host waits meanwhile, and may read a meter."""
+    rows = PRODUCT_ROWS[device]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    left, right = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def work() -> None:
+        torch.mm(left, right, out=out)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return work
+
+
+WORK = {"host": tiny_operations, "device": matrix_products}
+"""By what paces it."""
+
+
 def measure(meter: SampledMeter, work: Callable[[], None], seconds: float) -> tuple[Interval | None, str]:
     """Run ``work`` in a window; returns what the readings meanwhile cost it, as a share of its time, and in words."""
     reads = meter.note_reads()
@@ -65,14 +93,31 @@ def measure(meter: SampledMeter, work: Callable[[], None], seconds: float) -> tu
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, print a line for each kind of work and, if asked to, leave the numbers."""
     parser = argparse.ArgumentParser(description="Measure what background readings of the energy meter cost.")
-    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK), help="what paces the work")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each kind of work")
     parser.add_argument("--poll-s", type=float, default=0.2, help="of the stand-in without a GPU")
+    parser.add_argument("--json", type=Path, help="where to leave the numbers")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     meter = open_nvml(GRID) if device == "cuda" else processor_meter(given.poll_s)
+    found: dict[str, Any] = {
+        "source": meter.source,
+        "seconds": given.seconds,
+        "provenance": collect_provenance(),
+    }
     try:
-        print(measure(meter, tiny_operations(device), given.seconds)[1])
+        for name in given.work:
+            share, said = measure(meter, WORK[name](device), given.seconds)
+            print(f"{name}-bound, {said}", flush=True)
+            found[name] = {"share": share and dataclasses.asdict(share), "text": said}
+            if given.json is not None:  # each as soon as it is there
+                given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     finally:
         meter.close()
+
+
+if __name__ == "__main__":
+    main()
