@@ -15,6 +15,7 @@ from kvquant.kernels.triton_kernels import decode, merge, prepare, scratch
 from kvquant.kernels.triton_kernels.exact_decode import attend_exact_decode, exact_refusal
 from kvquant.kernels.triton_kernels.lookup import INTERPRET
 from kvquant.kernels.triton_kernels.prefill import attend_prefill, prefill_refusal
+from kvquant.kernels.triton_kernels.shares import empty_shares, programs_for
 from kvquant.packing import packed_row_bytes, plane_widths
 from kvquant.ragged import RaggedStep
 
@@ -133,7 +134,7 @@ def attend_decode(
     softmax_scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    splits: int | None = None,
+    programs: int | None = None,
 ) -> Tensor:
     """Attention of one new token of each sequence over its packed history; waits for nothing on the device.
 
@@ -143,7 +144,7 @@ def attend_decode(
         kv_lengths: stored tokens of each sequence, its own included, int32 [B].
         layer: what the pool stores of the layer.
         rope, sinks, block_size, blocks_per_tile, softmax_scale, window, softcap: as of ``attend_tiled``.
-        splits: programs that share a sequence's blocks; None: as many as keep the device busy.
+        programs: among how many the batch's blocks are shared, for each KV head; None: as many as keep the device busy.
 
     Returns:
         [B, Hq, D] in the query's dtype.
@@ -155,14 +156,16 @@ def attend_decode(
     G = Hq // H
     GP = max(8, triton.next_power_of_2(G))  # columns of a tensor core's product
     device, fp32 = query.device, torch.float32
-    splits = splits or _splits(B * H, M, device)
+    programs = max(B, programs or programs_for(B, H, M, _RESIDENT, device))
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     q = query.contiguous()
     factor = softmax_scale if softcap is not None else softmax_scale * decode.LOG2E.value
     KW = _plane_bytes(D, layer.key_bits)
     rope = None if rope is None else Rope(*(t.contiguous() for t in rope))
-    prepared = _prepare(
+    sink_tokens = 0 if sinks is None else sinks[0].shape[1]
+    prepared, parts = _prepare(
         q,
+        kv_lengths,
         constants,
         rope,
         M,
@@ -174,16 +177,20 @@ def attend_decode(
         KW,
         layer.key_bits,
         layer.value_bits,
+        programs,
+        window,
+        sink_tokens,
     )
-    best, total = (torch.empty(B, H, splits, GP, dtype=fp32, device=device) for _ in range(2))
-    out = torch.empty(B, H, splits, GP, D, dtype=fp32, device=device)
+    # The exact first tokens of each sequence are one more part.
+    rows = programs + (B if sink_tokens else 0)
+    best, total = (torch.empty(rows, H, GP, dtype=fp32, device=device) for _ in range(2))
+    out = torch.empty(rows, H, GP, D, dtype=fp32, device=device)
     VW = _plane_bytes(D, layer.value_bits)
-    sink_tokens = 0 if sinks is None else sinks[0].shape[1]
     outliers = keys.outlier_index.shape[-1] > 0 or values.outlier_index.shape[-1] > 0
     matrix = scratch.matrix_bytes(D, block_size, prepared[0].shape[1], GP) if outliers else 0
     # On a GPU each program has its own, in shared memory.
     memory = torch.zeros(scratch.TABLES + matrix, dtype=torch.uint8) if INTERPRET else prepared[-1]
-    decode._decode_kernel[(B * H, splits)](
+    decode._decode_kernel[(H, programs)](
         *prepared, memory, *((constants.key_zero,) * 2 if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
         keys.codes, keys.outlier_count, keys.outlier_index, keys.outlier_value,
         keys.spill_head, keys.spill_next, keys.spill_index, keys.spill_value, constants.key_centroids,
@@ -191,7 +198,7 @@ def attend_decode(
         constants.value_centroids,
         best, total, out,
         float(softcap or 1.0), window or 0, sink_tokens, table.stride(0),
-        H, values.zero.shape[-1], splits, 1 << 16,
+        H, values.zero.shape[-1], 1 << 16,
         G=G, GP=GP, D=D, BS=block_size, KB=layer.key_bits, VB=layer.value_bits,
         KW=KW, VW=VW, K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1],
         K_BASE=keys.outlier_index.shape[-1], K_PLACES=max(64, triton.next_power_of_2(keys.outlier_index.shape[-1])),
@@ -201,31 +208,19 @@ def attend_decode(
     )  # fmt: skip
     if sinks is not None and sink_tokens:
         part = _attend_sinks(q.float(), sinks, kv_lengths, rope, softmax_scale, softcap, window, H, GP)
-        best, total, out = (torch.cat([x, y], dim=2) for x, y in zip((best, total, out), part, strict=True))
-        splits += 1
+        for whole, last in zip((best, total, out), part, strict=True):
+            whole[programs:] = last
     merged = torch.empty_like(query, memory_format=torch.contiguous_format)
     merge._merge_kernel[(B * Hq,)](
-        best, total, out, merged, splits, G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=4
-    )
+        best, total, out, parts, merged, programs, H, SINKS=int(sink_tokens > 0),
+        G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=4,
+    )  # fmt: skip
     return merged
-
-
-def _splits(heads: int, columns: int, device: torch.device) -> int:
-    """Programs to share each head's blocks: a whole number of rounds on the device, or just below it.
-
-    A round's last program holds the others up, so 1.03 rounds take the time of two (measured).
-    """
-    processors = (
-        1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-    )
-    places = processors * _RESIDENT
-    most = min(columns, 64)
-    filled = {n: heads * n / (places * -(-heads * n // places)) for n in range(1, most + 1)}
-    return next(n for n, share in filled.items() if share >= 0.97 * max(filled.values()))
 
 
 def _prepare(
     query: Tensor,
+    kv_lengths: Tensor,
     constants: LayerConstants,
     rope: Rope | None,
     columns: int,
@@ -237,8 +232,11 @@ def _prepare(
     plane_bytes: int,
     bits: int,
     value_bits: int,
-) -> tuple[Tensor, ...]:
-    """The decode kernel's first nine arguments (see prepare.py): a few KiB per head and half a KiB per block."""
+    programs: int,
+    window: int | None,
+    sink_tokens: int,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The decode kernel's first ten arguments (see prepare.py), a few KiB per head and half a KiB per block, and the parts."""
     B, Hq, D = query.shape
     BH, wide, half = B * H, torch.float32, torch.float16
     words_per_lane, halves = -(-plane_bytes // 16), 1 if bits == 4 else 2
@@ -260,14 +258,16 @@ def _prepare(
         empty(max(bases, 1), D, dtype=wide),
         empty(32, dtype=torch.int32),
     )
+    shares, parts = empty_shares(B, programs, query.device)
     tables = (constants.key_zero,) * 4 if rope is None else tuple(rope)
     prepare._prepare_kernel[(BH + (0 if rope is None else rows) + bases,)](
-        query, constants.key_zero, constants.key_scale, constants.key_centroids, constants.value_centroids, *tables, *prepared,
-        BH, H, blocks_per_tile * block_size // rows, float(factor),
+        query, constants.key_zero, constants.key_scale, constants.key_centroids, constants.value_centroids, *tables, kv_lengths, *prepared, shares, parts,
+        BH, H, blocks_per_tile * block_size // rows, float(factor), programs, window or 0, sink_tokens,
         G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,
-        CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, num_warps=4,
+        CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, BS=block_size,
+        SEQUENCES=triton.next_power_of_2(B), HAS_WINDOW=window is not None, num_warps=4,
     )  # fmt: skip
-    return prepared
+    return (*prepared, shares), parts
 
 
 def _attend_sinks(
@@ -281,7 +281,7 @@ def _attend_sinks(
     H: int,
     GP: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The exact first tokens as one more split: best, total [B, H, 1, GP], output [B, H, 1, GP, D]."""
+    """The exact first tokens as one more part: best, total [B, H, GP], output [B, H, GP, D]."""
     B, Hq, D = query.shape
     keys, values = (x.float().transpose(1, 2) for x in sinks)  # [B, H, S, D]
     S = keys.shape[2]
@@ -301,7 +301,6 @@ def _attend_sinks(
     best = scores.amax(-1)
     weights = torch.exp2(scores - best.masked_fill(best == -torch.inf, 0.0)[..., None])
     pad = (0, GP - Hq // H)
-    best = torch.nn.functional.pad(best, pad)[:, :, None]
-    total = torch.nn.functional.pad(weights.sum(-1), pad)[:, :, None]
-    out = torch.nn.functional.pad(weights @ values, (0, 0, *pad))[:, :, None]
-    return best, total, out
+    best = torch.nn.functional.pad(best, pad)
+    total = torch.nn.functional.pad(weights.sum(-1), pad)
+    return best, total, torch.nn.functional.pad(weights @ values, (0, 0, *pad))

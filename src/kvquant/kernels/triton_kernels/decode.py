@@ -1,6 +1,6 @@
 """Decode attention straight from packed blocks: one query per sequence, split over blocks, merged by log-sum-exp.
 
-One program of two warps takes a run of blocks of one (sequence, KV head) and serves all its query heads, so that a tile
+One program of two warps takes a run of blocks (shares.py) of one (sequence, KV head) and serves all its query heads, so that a tile
 of keys or values is decoded once. Tokens and channels are the rows of the products (scores of a block [BS, G], output
 [D, G]): with few query heads a tensor core's other side, eight columns, is the smaller waste.
 
@@ -84,19 +84,23 @@ def _any_row(x, BS: tl.constexpr, GP: tl.constexpr):
     return tl.max(tl.max(tl.reshape(x, (BS // 32, 2, 2, 8, GP)), 2), 0)
 
 
-@triton.jit(do_not_specialize=["splits", "sink_tokens", "window", "table_stride"])
+@triton.jit(
+    do_not_specialize=["sink_tokens", "window", "table_stride"],
+    # Of a layer of a pool with an odd number of blocks these begin anywhere: one kernel for all.
+    do_not_specialize_on_alignment=["key_count", "spill_head", "spill_next", "value_end"],
+)
 def _decode_kernel(
     # Prepared for this call
-    q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up, memory,
+    q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up, shares, memory,
     offset_cos, offset_sin, block_table, kv_lengths,
     # Keys
     key_codes, key_count, key_index, key_value, spill_head, spill_next, spill_index, spill_value, key_centroids,
     # Values
     value_codes, value_zero, value_scale, value_index, value_value, value_end, value_centroids,
-    # Partial results [B, H, SPLITS, GP (, D)]
+    # Partial results [programs, H, GP (, D)]
     part_best, part_total, part_out,
     softcap, window, sink_tokens, table_stride,
-    H, VG, splits, upper,
+    H, VG, upper,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     KW: tl.constexpr, VW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_BASE: tl.constexpr, K_PLACES: tl.constexpr, V_ENTRIES: tl.constexpr, ROTATED: tl.constexpr, HALF_QUERY: tl.constexpr,
@@ -122,19 +126,16 @@ def _decode_kernel(
     LINES: tl.constexpr = 64 * ((BS * V_ROW + 8191) // 8192)  # 128 bytes each, of a block's codes
     PLACES: tl.constexpr = 128 if D >= 128 else 64  # outliers of values at once: two of a thread
 
-    bh = tl.program_id(0)
-    b = bh // H
-    h = bh % H
-    split = tl.program_id(1)
+    h = tl.program_id(0)
+    program = tl.program_id(1)
+    b = tl.load(shares + program * 4)
+    begin = tl.load(shares + program * 4 + 1)
+    end = tl.load(shares + program * 4 + 2)
+    bh = b * H + h
     length = tl.load(kv_lengths + b)
-    blocks = tl.cdiv(length, BS)
     first_visible = tl.zeros((), tl.int32) + sink_tokens
     if HAS_WINDOW:
         first_visible = tl.maximum(first_visible, length - window)
-    start_block = first_visible // BS
-    per_split = tl.cdiv(tl.maximum(blocks - start_block, 0), splits)
-    begin = start_block + split * per_split
-    end = tl.minimum(begin + per_split, blocks)
 
     slot = tl.arange(0, BS)
     g = tl.arange(0, GP)
@@ -363,7 +364,7 @@ def _decode_kernel(
         block = coming
         coming = after
 
-    at_part = (bh * splits + split) * GP + g
+    at_part = (program * H + h) * GP + g
     tl.store(part_best + at_part, best)
     UNIT: tl.constexpr = 2.0**-10
     tl.store(part_total + at_part, tl.sum(tl.sum(total, 0), 0) * UNIT)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kvquant.kernels import ExactStore, Rope, StoredLayer
 from kvquant.kernels.triton_kernels import decode, merge
+from kvquant.kernels.triton_kernels.shares import programs_for, share_blocks
 
-# Programs in flight: four on each of an H100's 132 multiprocessors, twice over.
-_PROGRAMS = 132 * 8
-_MOST_SPLITS = 64
+# Programs for each multiprocessor: it holds four at once, twice over.
+_RESIDENT = 8
 # For 8192 numbers of a block and head; what is prefetched must leave room in shared memory.
 _WARPS, _STAGES, _PREFETCH_BYTES = 4, 3, 64 << 10
 
@@ -35,27 +35,24 @@ def _load_channels(at, inside, EVEN: tl.constexpr):
 
 @triton.jit
 def _exact_decode_kernel(
-    query, block_table, kv_lengths, keys, values, offset_cos, offset_sin, base_cos, base_sin,
-    # Partial results [B, H, SPLITS, GP (, D)]
+    query, block_table, kv_lengths, shares, keys, values, offset_cos, offset_sin, base_cos, base_sin,
+    # Partial results [programs, H, GP (, D)]
     part_best, part_total, part_out,
     softmax_scale, softcap, window, table_stride, H, bpt,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr,
-    HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, STAGES: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``HALF`` pairs of channels are rotated, 0 for none; ``REST_P`` is the padded number of channels that are not."""
-    b = tl.program_id(0) // H
-    h = tl.program_id(0) % H
-    split = tl.program_id(1)
+    h = tl.program_id(0)
+    program = tl.program_id(1)
+    b = tl.load(shares + program * 4)
+    begin = tl.load(shares + program * 4 + 1)
+    end = tl.load(shares + program * 4 + 2)
     length = tl.load(kv_lengths + b)
     first_visible = length - length  # a scalar of the length's type, whatever type the constant 0 has
     if HAS_WINDOW:
         first_visible = tl.maximum(first_visible, length - window)
-    blocks = tl.cdiv(length, BS)
-    start_block = first_visible // BS
-    per_split = tl.cdiv(tl.maximum(blocks - start_block, 0), SPLITS)
-    begin = start_block + split * per_split
-    end = tl.minimum(begin + per_split, blocks)
 
     g, slot, d = tl.arange(0, GP), tl.arange(0, BS), tl.arange(0, DP)
     kind = keys.dtype.element_ty
@@ -126,7 +123,7 @@ def _exact_decode_kernel(
         held = tl.load(values + origin + a_row + d[None, :], mask=there, other=0.0)
         acc = tl.dot(weights.to(kind), held, acc * fade[:, None], input_precision=PRECISION)
 
-    out = ((b * H + h) * SPLITS + split) * GP + g
+    out = (program * H + h) * GP + g
     tl.store(part_best + out, best)
     tl.store(part_total + out, total)
     tl.store(part_out + out[:, None] * D + d[None, :], acc, mask=(g[:, None] < G) & (d < D)[None, :])
@@ -158,7 +155,7 @@ def attend_exact_decode(
     softmax_scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    splits: int | None = None,
+    programs: int | None = None,
 ) -> Tensor:
     """Attention of one new token of each sequence over its exact history; waits for nothing on the device.
 
@@ -169,7 +166,7 @@ def attend_exact_decode(
         layer: what the pool stores of the layer.
         sinks: None: exact blocks hold the first tokens like any others.
         rope, block_size, blocks_per_tile, softmax_scale, window, softcap: as of ``attend_tiled``.
-        splits: programs that share a sequence's blocks; None: as many as keep the device busy.
+        programs: among how many the batch's blocks are shared, for each KV head; None: as many as keep the device busy.
 
     Returns:
         [B, Hq, D] in the query's dtype.
@@ -180,26 +177,27 @@ def attend_exact_decode(
     H, M = keys.shape[1], block_table.shape[1]
     G = Hq // H
     GP = max(2, triton.next_power_of_2(G))
-    splits = splits or max(1, min(M, _PROGRAMS // (B * H), _MOST_SPLITS))
+    programs = max(B, programs or programs_for(B, H, M, _RESIDENT, query.device))
+    shares, parts = share_blocks(kv_lengths, programs, block_size, window=window)
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     query = query.contiguous()
     device, fp32 = query.device, torch.float32
-    best, total = (torch.empty(B, H, splits, GP, dtype=fp32, device=device) for _ in range(2))
-    out = torch.empty(B, H, splits, GP, D, dtype=fp32, device=device)
+    best, total = (torch.empty(programs, H, GP, dtype=fp32, device=device) for _ in range(2))
+    out = torch.empty(programs, H, GP, D, dtype=fp32, device=device)
     half = 0 if rope is None else rope.offset_cos.shape[-1]
     rest = D - 2 * half
     tables = (best, best, best, best) if rope is None else tuple(t.contiguous() for t in rope)
-    _exact_decode_kernel[(B * H, splits)](
-        query, table, kv_lengths, keys, values, *tables, best, total, out,
+    _exact_decode_kernel[(H, programs)](
+        query, table, kv_lengths, shares, keys, values, *tables, best, total, out,
         float(softmax_scale), float(softcap or 1.0), window or 0, table.stride(0), H, blocks_per_tile,
         G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), BS=block_size,
         HALF=half, HALF_P=triton.next_power_of_2(max(16, half)),
         REST_P=triton.next_power_of_2(max(16, rest)) if rest else 0,
-        SPLITS=splits, STAGES=max(1, min(_STAGES, 1 + _PREFETCH_BYTES // (2 * keys[0, 0].nbytes))), HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+        STAGES=max(1, min(_STAGES, 1 + _PREFETCH_BYTES // (2 * keys[0, 0].nbytes))), HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
         PRECISION="ieee" if keys.dtype == fp32 else "tf32", num_warps=_WARPS if block_size * D <= 8192 else 8,
     )  # fmt: skip
     merged = torch.empty_like(query)
     merge._merge_kernel[(B * Hq,)](
-        best, total, out, merged, splits, G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=1,
+        best, total, out, parts, merged, programs, H, SINKS=0, G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=1,
     )  # fmt: skip
     return merged

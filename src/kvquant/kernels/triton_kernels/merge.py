@@ -7,27 +7,37 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["programs"])
 def _merge_kernel(
-    part_best, part_total, part_out, out, splits,
+    part_best, part_total, part_out, parts, out, programs, H, SINKS: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Fold the splits of one query head; a split that saw nothing has -inf and counts for nothing."""
+    """Fold the parts of one query head; a part that saw nothing has -inf and counts for nothing.
+
+    Parts are [programs, H, GP (, D)], those of a sequence in a row (shares.py); with SINKS one more for each sequence
+    stands behind them.
+    """
     head = tl.program_id(0)
-    bh = head // G
+    b = head // (H * G)
+    h = head // G % H
     g = head % G
+    first = tl.load(parts + b * 2)
+    count = tl.load(parts + b * 2 + 1)
+    every = count + SINKS
     d = tl.arange(0, DP)
     part = tl.arange(0, 16)
     highest = tl.full((16,), -float("inf"), tl.float32)
-    for s in range(0, splits, 16):
-        row = (bh * splits + s + part) * GP + g
-        highest = tl.maximum(highest, tl.load(part_best + row, mask=s + part < splits, other=-float("inf")))
+    for s in range(0, every, 16):
+        place = tl.where(s + part < count, first + s + part, programs + b)
+        row = (place * H + h) * GP + g
+        highest = tl.maximum(highest, tl.load(part_best + row, mask=s + part < every, other=-float("inf")))
     best = tl.max(highest, 0)
     total = tl.zeros((16,), tl.float32)
     acc = tl.zeros((16, DP), tl.float32)
-    for s in range(0, splits, 16):
-        inside = s + part < splits
-        row = (bh * splits + s + part) * GP + g
+    for s in range(0, every, 16):
+        inside = s + part < every
+        place = tl.where(s + part < count, first + s + part, programs + b)
+        row = (place * H + h) * GP + g
         weight = tl.exp2(tl.load(part_best + row, mask=inside, other=-float("inf")) - best)
         total += tl.load(part_total + row, mask=inside, other=0.0) * weight
         out_mask = inside[:, None] & (d < D)[None, :]

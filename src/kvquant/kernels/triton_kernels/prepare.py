@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kvquant.kernels.triton_kernels.lookup import load_tables
+from kvquant.kernels.triton_kernels.shares import store_shares
 
 
 @triton.jit
@@ -30,20 +31,23 @@ def _store_table(look_up, centroids, BITS: tl.constexpr):
             tl.store(look_up + 8 + copy * 4 + k, t[4 + k])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "window", "sink_tokens"])
 def _prepare_kernel(
     # [B, H, G, D]; [H, D] twice; centroids; rotary tables fp32 [>= BS, D/2] twice, [tiles, D/2] twice
-    query, key_zero, key_scale, key_centroids, value_centroids, offset_cos, offset_sin, base_cos, base_sin,
+    query, key_zero, key_scale, key_centroids, value_centroids, offset_cos, offset_sin, base_cos, base_sin, kv_lengths,
     # Results, fp16 unless said otherwise: [BH, units, (x, y), GP, 4 r, 4 k], [BH, D, GP],
     # [BH, units, 4 r, (scale x, zero x, scale y, zero y) * 4 k], fp32 [BH, D], fp32 [BH, 2],
     # [units, ROWS / 16, 64 threads, (cos, sin) * 4 k], [M, units, (cos, sin), 4 r, 4 k], fp32 [M, (cos, sin), D/2],
-    # int32 [(keys, values), (low, high bytes), 2 copies, 4]; M counts ROWS tokens each
-    q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up,
-    heads, H, bpt, factor,
+    # int32 [(keys, values), (low, high bytes), 2 copies, 4], shares and parts (shares.py); M counts ROWS tokens each
+    q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up, shares, parts,
+    heads, H, bpt, factor, programs, window, sink_tokens,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
-    CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+    CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BS: tl.constexpr,
+    SEQUENCES: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Programs below ``heads`` serve a (sequence, KV head), the next ROWS a row of the table of places, the rest ROWS tokens.
+
+    The first program of a sequence shares its blocks among the decode kernel's programs.
 
     Queries and keys are scaled by the head's largest so that fp16 holds them; ``unit[0]`` undoes that and carries
     ``factor`` (the softmax scale, times log2(e) where nothing comes between). The base of ROWS tokens is the angle
@@ -64,6 +68,10 @@ def _prepare_kernel(
             _store_table(look_up, key_centroids, KB)
             _store_table(look_up + 16, value_centroids, VB)
         h = program % H
+        if h == 0:
+            store_shares(
+                program // H, kv_lengths, shares, parts, heads // H, programs, window, sink_tokens, BS, SEQUENCES, HAS_WINDOW
+            )  # fmt: skip
         d = tl.arange(0, DP)
         zero = tl.load(key_zero + h * D + d, mask=d < D, other=0.0)
         scale = tl.load(key_scale + h * D + d, mask=d < D, other=0.0)

@@ -1,0 +1,128 @@
+"""Which program of a decode call takes which blocks: shares of about one size, whatever the lengths of a batch.
+
+A fixed number of programs per sequence leaves most of a ragged batch's to sequences of a few blocks, while the longest
+one's take all the time. So the number of blocks that a program takes is chosen on the device, from the lengths, as the
+smallest with which all sequences get by with the programs there are; a sequence's blocks are then shared evenly among
+as many as it needs. The largest shares start first and the small ones fill what they leave. A program still serves one
+(sequence, KV head), so that its loop over blocks knows nothing of this.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Above so many blocks for each program that a device holds at once, two rounds of programs balance better than one and
+# what they cost (a start is worth about a block, and a part to merge) does not show.
+_BLOCKS_OF_TWO_ROUNDS = 64
+
+
+@triton.jit
+def store_shares(
+    b, kv_lengths, shares, parts, sequences, programs, window, sink_tokens,
+    BS: tl.constexpr, SEQUENCES: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Write the shares of sequence ``b``, one program's work; each looks at the lengths of all.
+
+    ``shares``, int32 [programs, 4]: sequence, first block, block behind the last one of each program, and nothing.
+    ``parts``, int32 [sequences, 2]: first program, number of programs of each sequence.
+    """
+    i = tl.arange(0, SEQUENCES)
+    length = tl.load(kv_lengths + i, mask=i < sequences, other=0)
+    first_visible = tl.minimum(length, sink_tokens)
+    if HAS_WINDOW:
+        first_visible = tl.maximum(first_visible, length - window)
+    start = first_visible // BS
+    blocks = tl.cdiv(length, BS) - start
+    # Halving: every sequence has a program at the largest number, as there are at least as many programs.
+    fewest = tl.zeros((), tl.int32) + 1
+    enough = tl.maximum(tl.max(blocks, 0), 1)
+    while fewest < enough:
+        middle = (fewest + enough) // 2
+        fits = tl.sum(tl.cdiv(blocks, middle), 0) <= programs
+        enough = tl.where(fits, middle, enough)
+        fewest = tl.where(fits, fewest, middle + 1)
+    share = tl.cdiv(blocks, tl.maximum(tl.cdiv(blocks, enough), 1))
+    count = tl.cdiv(blocks, tl.maximum(share, 1))
+    own = i == b
+    own_share = tl.sum(tl.where(own, share, 0), 0)
+    own_count = tl.sum(tl.where(own, count, 0), 0)
+    own_start = tl.sum(tl.where(own, start, 0), 0)
+    own_end = own_start + tl.sum(tl.where(own, blocks, 0), 0)
+    before = (share > own_share) | ((share == own_share) & (i < b))
+    first = tl.sum(tl.where(before, count, 0), 0)
+    tl.store(parts + b * 2, first)
+    tl.store(parts + b * 2 + 1, own_count)
+    n = tl.arange(0, 64)
+    for s in range(0, own_count, 64):
+        begin = own_start + (s + n) * own_share
+        at = shares + (first + s + n) * 4
+        inside = s + n < own_count
+        tl.store(at, tl.zeros_like(n) + b, mask=inside)
+        tl.store(at + 1, begin, mask=inside)
+        tl.store(at + 2, tl.minimum(begin + own_share, own_end), mask=inside)
+    if b == 0:
+        # Programs that nobody needs have no block.
+        for s in range(tl.sum(count, 0), programs, 64):
+            at = shares + (s + n) * 4
+            for field in tl.static_range(3):
+                tl.store(at + field, tl.zeros_like(n), mask=s + n < programs)
+
+
+@triton.jit(do_not_specialize=["sequences", "programs", "window", "sink_tokens"])
+def _shares_kernel(
+    kv_lengths, shares, parts, sequences, programs, window, sink_tokens,
+    BS: tl.constexpr, SEQUENCES: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    store_shares(
+        tl.program_id(0), kv_lengths, shares, parts, sequences, programs, window, sink_tokens, BS, SEQUENCES, HAS_WINDOW
+    )  # fmt: skip
+
+
+def empty_shares(sequences: int, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``shares`` and ``parts`` for :func:`store_shares` to fill."""
+    shares = torch.empty(programs, 4, dtype=torch.int32, device=device)
+    return shares, torch.empty(sequences, 2, dtype=torch.int32, device=device)
+
+
+def share_blocks(
+    kv_lengths: Tensor, programs: int, block_size: int, *, window: int | None = None, sink_tokens: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Share the blocks of a batch among ``programs`` (at least one per sequence): shares and parts, int32."""
+    sequences = kv_lengths.shape[0]
+    shares, parts = empty_shares(sequences, programs, kv_lengths.device)
+    _shares_kernel[(sequences,)](
+        kv_lengths, shares, parts, sequences, programs, window or 0, sink_tokens,
+        BS=block_size, SEQUENCES=triton.next_power_of_2(sequences), HAS_WINDOW=window is not None, num_warps=1,
+    )  # fmt: skip
+    return shares, parts
+
+
+def programs_for(sequences: int, heads: int, columns: int, resident: int, device: torch.device) -> int:
+    """Programs for each KV head of a call over ``sequences`` of up to ``columns`` blocks.
+
+    Of ``resident`` programs on each multiprocessor a whole number of rounds, or just below it: 1.03 rounds take the
+    time of two (measured), so that of the first few numbers of rounds the smallest is chosen that sequences of one
+    length nearly fill.
+    """
+    processors = (
+        1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    )
+    places = processors * resident
+    fewest = 1
+    if sequences * heads * columns >= _BLOCKS_OF_TWO_ROUNDS * places:
+        fewest = max(2, -(-2 * sequences * heads // places))
+    fewest = max(fewest, -(-sequences * heads // places))
+    most = sequences * columns
+
+    def filled(rounds: int) -> float:
+        each = min(rounds * places // heads, most) // sequences
+        return each * sequences * heads / (rounds * places)
+
+    rounds = range(fewest, fewest + 4)
+    best = max(map(filled, rounds))
+    chosen = next(n for n in rounds if filled(n) >= 0.95 * best)
+    return max(sequences, min(chosen * places // heads, most))

@@ -1,0 +1,112 @@
+"""How the blocks of a batch are shared among the programs of a decode call: each once, none too many, evenly.
+
+Triton's interpreter must be chosen before triton is imported: the cases run in a process of their own (this file as a
+script), and compiled on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SRC = Path(__file__).resolve().parent.parent / "src"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...]
+    programs: int
+    block_size: int = 64
+    window: int | None = None
+    sink_tokens: int = 0
+
+
+CASES = {
+    "a program each": Case((1, 64, 65, 1000), 4),
+    "ragged": Case((32768, 300, 16384, 512, 4096, 1024), 99),
+    "one length": Case((2048,) * 8, 24),
+    "one sequence, more programs than blocks": Case((130,), 70),
+    "more than 64 programs for one": Case((64 * 200, 5), 150),
+    "a window": Case((9, 4000, 1100, 700), 31, window=1000),
+    "sinks": Case((2, 65, 640, 129), 9, block_size=32, sink_tokens=40),
+    "nothing stored beside": Case((0, 130, 0), 5),
+}
+
+
+def check(case: Case, device: str) -> None:
+    from kvquant.kernels.triton_kernels.shares import share_blocks
+
+    lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
+    made = share_blocks(
+        lengths, case.programs, case.block_size, window=case.window, sink_tokens=case.sink_tokens
+    )
+    shares, parts = (x.tolist() for x in made)
+    visible = []
+    for length in case.lengths:
+        first = max(min(length, case.sink_tokens), 0 if case.window is None else length - case.window)
+        visible.append(range(first // case.block_size, -(-length // case.block_size)))
+    used = 0
+    for b, (first, count) in enumerate(parts):
+        rows = shares[first : first + count]
+        assert all(row[0] == b for row in rows)
+        assert [column for _, begin, end, _ in rows for column in range(begin, end)] == list(visible[b])
+        assert all(end > begin for _, begin, end, _ in rows)
+        used += count
+    assert used <= case.programs
+    assert all(row[1] == row[2] for row in shares[used:])
+    sizes = [end - begin for _, begin, end, _ in shares[:used]]
+    # The largest go first, the last one of a sequence alone may be smaller.
+    leaders = sorted((first, shares[first][2] - shares[first][1]) for first, count in parts if count)
+    assert [size for _, size in leaders] == sorted((size for _, size in leaders), reverse=True)
+    # With one block less for each program there would not be enough of them.
+    largest = max(sizes)
+    assert largest == 1 or sum(-(-len(v) // (largest - 1)) for v in visible) > case.programs
+
+
+def test_every_block_has_one_program_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_block_has_one_program_on_a_gpu(case: Case) -> None:
+    check(case, "cuda")
+
+
+def test_programs_fill_whole_rounds_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    assert triton is not None
+    from kvquant.kernels.triton_kernels.shares import programs_for
+
+    class Device:
+        multi_processor_count = 132
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Device())
+    device = torch.device("cuda")
+    # Sequences, KV heads and columns to rounds of 6 * 132 programs: one for short ones, two for long ones.
+    for sequences, heads, columns, rounds in (
+        (8, 8, 512, 1),
+        (16, 8, 512, 2),
+        (32, 8, 32, 1),
+        (1, 8, 512, 1),
+    ):
+        programs = programs_for(sequences, heads, columns, 6, device)
+        even = programs // sequences * sequences * heads
+        assert 0.9 * rounds * 792 <= even <= rounds * 792
+    # Never more than blocks, never less than sequences.
+    assert programs_for(2, 8, 3, 6, device) == 6
+    assert programs_for(4096, 8, 512, 6, device) >= 4096
+
+
+if __name__ == "__main__":
+    for name, one in CASES.items():
+        print(name)
+        check(one, "cpu")
