@@ -260,7 +260,7 @@ def _prepare(
     )
     shares, parts = empty_shares(B, programs, query.device)
     tables = (constants.key_zero,) * 4 if rope is None else tuple(rope)
-    prepare._prepare_kernel[(BH + (0 if rope is None else rows) + bases,)](
+    prepare._prepare_kernel[(B + BH + (0 if rope is None else rows) + bases,)](
         query, constants.key_zero, constants.key_scale, constants.key_centroids, constants.value_centroids, *tables, kv_lengths, *prepared, shares, parts,
         BH, H, blocks_per_tile * block_size // rows, float(factor), programs, window or 0, sink_tokens,
         G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,

@@ -45,9 +45,9 @@ def _prepare_kernel(
     CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BS: tl.constexpr,
     SEQUENCES: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Programs below ``heads`` serve a (sequence, KV head), the next ROWS a row of the table of places, the rest ROWS tokens.
+    """A program for each sequence, each (sequence, KV head), each of ROWS rows of the table of places, and each ROWS tokens.
 
-    The first program of a sequence shares its blocks among the decode kernel's programs.
+    The first ones share a sequence's blocks among the decode kernel's programs.
 
     Queries and keys are scaled by the head's largest so that fp16 holds them; ``unit[0]`` undoes that and carries
     ``factor`` (the softmax scale, times log2(e) where nothing comes between). The base of ROWS tokens is the angle
@@ -55,7 +55,8 @@ def _prepare_kernel(
     """
     HALF: tl.constexpr = D // 2
     UNITS: tl.constexpr = CPL * NP
-    program = tl.program_id(0)
+    sequences = heads // H
+    program = tl.program_id(0) - sequences
     place = tl.arange(0, PLACES)  # (n, r, k)
     n = place // 16
     r = (place // 4) % 4
@@ -63,15 +64,16 @@ def _prepare_kernel(
     word = r * CPL + n // NP
     channel = (n % NP) * W + word * 4 + k
     inside = (n < UNITS) & (word * 4 + k < W)
-    if program < heads:
+    if program < 0:
+        b = program + sequences
+        store_shares(
+            b, kv_lengths, shares, parts, sequences, programs, window, sink_tokens, BS, SEQUENCES, HAS_WINDOW
+        )
+    elif program < heads:
         if program == 0:
             _store_table(look_up, key_centroids, KB)
             _store_table(look_up + 16, value_centroids, VB)
         h = program % H
-        if h == 0:
-            store_shares(
-                program // H, kv_lengths, shares, parts, heads // H, programs, window, sink_tokens, BS, SEQUENCES, HAS_WINDOW
-            )  # fmt: skip
         d = tl.arange(0, DP)
         zero = tl.load(key_zero + h * D + d, mask=d < D, other=0.0)
         scale = tl.load(key_scale + h * D + d, mask=d < D, other=0.0)

@@ -37,9 +37,11 @@ def store_shares(
         first_visible = tl.maximum(first_visible, length - window)
     start = first_visible // BS
     blocks = tl.cdiv(length, BS) - start
-    # Halving: every sequence has a program at the largest number, as there are at least as many programs.
-    fewest = tl.zeros((), tl.int32) + 1
-    enough = tl.maximum(tl.max(blocks, 0), 1)
+    # Halving between what all programs together need, and what certainly does: sequences round up to a program each.
+    every = tl.sum(blocks, 0)
+    fewest = tl.maximum(tl.cdiv(every, programs), 1)
+    certain = tl.where(programs > sequences, tl.cdiv(every, tl.maximum(programs - sequences, 1)), every)
+    enough = tl.maximum(tl.minimum(tl.max(blocks, 0), certain), 1)
     while fewest < enough:
         middle = (fewest + enough) // 2
         fits = tl.sum(tl.cdiv(blocks, middle), 0) <= programs
