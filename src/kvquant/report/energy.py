@@ -40,6 +40,16 @@ def energy_tables(runs: Sequence[Run]) -> list[ReportTable]:
     return out
 
 
+def fleet_tables(runs: Sequence[Run]) -> list[ReportTable]:
+    """Return what a fleet would take a day, per group of runs that may be compared; a group with one phase has none.
+
+    Args:
+        runs: those that ended well, of any task.
+    """
+    groups = blocks([run for run in runs if run.result["task"] == TASK])
+    return [table for origin, members in groups for table in _fleet(origin, members)]
+
+
 def _points(run: Run) -> list[dict[str, Any]]:
     points = run.result["metrics"].get("points")
     return points if isinstance(points, list) else []

@@ -14,13 +14,15 @@ from kvquant.report.collect import Run
 from kvquant.report.paper import tex
 from kvquant.report.paper.figures import draw_figures
 from kvquant.report.paper.macros import Filled, fill, macro_file
-from kvquant.report.paper.sources import SOURCES, choose, kernel_rows
+from kvquant.report.paper.sources import METER_COST, METER_COST_MODULE, SOURCES, choose, kernel_rows
 from kvquant.report.paper.tables import build_tables, compiled
 from kvquant.report.tables import latex_escape
 
 MANIFEST = "manifest.json"
 # Written by `python -m kvquant.bench.compile_table --json`; no run, since it needs no device.
 COMPILED = Path("data") / "compile_table.json"
+# Written by `python -m kvquant.bench.meter_cost --json`; no run either.
+METER_COSTS = "data/*meter_cost.json"
 
 
 def write_paper(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def write_paper(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
         The manifest: ``macros``, ``tables``, ``figures`` (each by name, with run and git SHA), and ``not_measured``:
         of the macros that the text uses those without a number, by source.
     """
-    chosen = choose(runs)
+    chosen = choose(runs) | meter_cost(folder.parent)
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -86,8 +88,23 @@ def _macro_entry(entry: Filled) -> dict[str, Any]:
     return {"text": entry.text, "source": entry.macro.source, "metric": entry.pointer, **where}
 
 
+def meter_cost(paper: Path) -> dict[str, Run]:
+    """Return the record of what a meter's readings cost, in a run's place; of several the last by name; empty: none.
+
+    Args:
+        paper: paper/.
+    """
+    for path in sorted(paper.glob(METER_COSTS), reverse=True):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["provenance"]["device"] = record["source"]
+        return {METER_COST: Run(path, record)}
+    return {}
+
+
 def command(run: Run) -> str:
     """Return what was typed to start a run."""
+    if "task" not in run.result:
+        return f"python -m {METER_COST_MODULE} --seconds {run.result['seconds']:g}"
     return " ".join(["python src/run.py", *(run.result["provenance"].get("overrides") or [])])
 
 
@@ -100,7 +117,8 @@ def _commands(chosen: dict[str, Run]) -> str:
             continue
         provenance = run.result["provenance"]
         sha = (provenance.get("git_sha") or "no git")[:10] + ("+" if provenance.get("git_dirty") else "")
-        where = f"{provenance.get('device')}; code {sha}; {run.result.get('duration_s') or 0:.0f} s"
+        seconds = run.result.get("duration_s") or run.result.get("seconds") or 0
+        where = f"{provenance.get('device')}; code {sha}; {seconds:.0f} s"
         lines.append(rf"\item {latex_escape(source.what)}: {tex.code(command(run))} ({latex_escape(where)})")
     lines.append(r"\end{itemize}")
     return "\n".join([*lines, ""]) if len(lines) > 2 else tex.NOT_MEASURED + "\n"

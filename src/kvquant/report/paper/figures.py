@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvquant.energy.fleet import PREFILL
 from kvquant.report.collect import Run
-from kvquant.report.paper.sources import block_size_runs
+from kvquant.report.paper.sources import ENERGY_SOURCES, block_size_runs
 from kvquant.report.quantities import variants_of
 from kvquant.report.style import COLOURS, CYCLE, figure
 
@@ -34,12 +35,14 @@ def draw_figures(
         ("pareto", "pareto" if "pareto" in chosen else "main", _pareto),
         ("bytes", "prefill", _bytes),
         ("append", "allocation", _append),
-        ("energy", "energyprefill", _energy),
         ("history", "history", _history),
     ):
         if source in chosen:
             draw(chosen[source], folder / f"figure-{name}.pdf")
         yield f"figure-{name}", [chosen[source]] if source in chosen else []
+    metered = list({r.file: r for s in ENERGY_SOURCES if (r := chosen.get(s)) is not None}.values())
+    drawn = bool(metered) and _energy(metered, folder / "figure-energy.pdf")
+    yield "figure-energy", metered if drawn else []
     sizes = block_size_runs(runs)
     # One size is a point, not a comparison.
     if len(sizes) > 1:
@@ -132,25 +135,42 @@ def _append(run: Run, path: Path) -> None:
         axis.legend(fontsize=6, frameon=False)
 
 
-def _energy(run: Run, path: Path) -> None:
-    points = run.result["metrics"]["points"]
+def _energy(runs: Sequence[Run], path: Path) -> bool:
+    """Joules as a share of the exact cache's, by phase and batch; returns False, drawing nothing, without a ratio."""
+    points = [point for run in runs for point in run.result["metrics"]["points"] if point["headline"]]
+    points.sort(key=lambda point: (point["phase"] == PREFILL, point["batch"]))
+    if not points:
+        return False
+    labels = list(dict.fromkeys(label for point in points for label in point["headline"]))
     with figure(path, COLUMN_IN, 2.0) as (axis,):
-        ticks: list[tuple[float, str]] = []
-        for number, point in enumerate(points):
-            for index, (label, entry) in enumerate(point["variants"].items()):
-                at = number * (len(point["variants"]) + 1) + index
-                found = entry["j_per_token_interval"]
-                colour = COLOURS["exact"] if label == "none" else COLOURS["quantized"]
-                bar = axis.bar(
-                    at, 1e3 * found["value"], color=colour, hatch="//" if entry["faults"] else None
-                )
-                bar[0].set_edgecolor("white")
-                ends = [[1e3 * (found["value"] - found["low"])], [1e3 * (found["high"] - found["value"])]]
-                axis.errorbar(at, 1e3 * found["value"], yerr=ends, color="black", capsize=2, linewidth=0.8)
-                ticks.append((at, "exact" if label == "none" else label))
-        axis.set_xticks([at for at, _ in ticks], [text for _, text in ticks])
-        axis.set_ylabel("mJ per prompt token", fontsize=8)
+        axis.axhline(1, color=COLOURS["exact"], linewidth=0.8)
+        for index, label in enumerate(labels):
+            shown = [(at, p["headline"][label]) for at, p in enumerate(points) if label in p["headline"]]
+            middle = [ratio["value"] for _, ratio in shown]
+            ends = [
+                [ratio["value"] - ratio["low"] for _, ratio in shown],
+                [ratio["high"] - ratio["value"] for _, ratio in shown],
+            ]
+            axis.errorbar(
+                [at + 0.18 * (index - (len(labels) - 1) / 2) for at, _ in shown],
+                middle,
+                yerr=ends,
+                linestyle="none",
+                marker=MARKERS[index],
+                markersize=3.5,
+                capsize=2,
+                linewidth=0.8,
+                color=CYCLE[index % len(CYCLE)],
+                label=label,
+            )
+        axis.set_xticks(
+            range(len(points)), [f"{p['phase']}\n{p['batch']} x {p['prompt_tokens']}" for p in points]
+        )
+        axis.set_xlim(-0.5, len(points) - 0.5)
+        axis.set_ylabel("joules, times exact", fontsize=8)
         _finish(axis)
+        axis.legend(fontsize=6, frameon=False)
+    return True
 
 
 def _blocks(runs: list[Run], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -221,20 +222,24 @@ def _largest() -> Iterator[Macro]:
         yield Macro(f"Largest{name}", "largest", ("metrics", f"{key}_sequences"), "d")
 
 
+ENERGY_BATCH = {"prefill": 8, "decode": 32}
+"""Sequences at the points that the text gives joules of."""
+
+
+def _energy_point(phase: str, batch: int) -> tuple[Any, ...]:
+    return ("metrics", "points", Where((("phase", phase), ("batch", batch))))
+
+
 def _energy() -> Iterator[Macro]:
-    for phase in ("prefill", "decode"):
+    for phase, batch in ENERGY_BATCH.items():
         source, prefix = f"energy{phase}", f"Energy{phase.title()}"
-        point = ("metrics", "points", Where((("phase", phase),)))
+        point = _energy_point(phase, batch)
         for name, label in (("Exact", "none"), *((f"Nuq{WORDS[b]}", f"nuq{b}") for b in (2, 3, 4))):
             at = (*point, "variants", label)
             yield Macro(f"{prefix}{name}Mj", source, (*at, "j_per_token_mean"), ".2f", 1e3)
             yield Macro(f"{prefix}{name}Watts", source, (*at, "power_w"), ".0f")
-            yield Macro(f"{prefix}{name}Cv", source, (*at, "cv_percent"), ".1f")
             yield Macro(f"{prefix}{name}Carbon", source, (*at, "gco2e_per_million_tokens"), ".2f")
-            if label != "none":
-                yield Macro(f"{prefix}{name}Ratio", source, (*point, "headline", label), ".3f", 1.0, True)
-                above = (*point, "ratios", label, "above_idle")
-                yield Macro(f"{prefix}{name}AboveIdle", source, above, ".3f", 1.0, True)
+        yield from _energy_ratios(prefix, source, point)
         for name, key, spec in (("Batch", "batch", "d"), ("Tokens", "prompt_tokens", ",d")):
             yield Macro(f"{prefix}{name}", source, (*point, key), spec)
         yield Macro(f"{prefix}Device", source, ("provenance", "device"))
@@ -245,13 +250,54 @@ def _energy() -> Iterator[Macro]:
         agreement = ("metrics", "agreement")
         yield Macro(f"{prefix}AgreementSeconds", source, (*agreement, "window_s"), ".0f")
         yield Macro(f"{prefix}Disagreement", source, (*agreement, "disagreement_percent"), ".2f")
-
+        cv, most = ("metrics", "points"), "largest coefficient of variation"
+        yield Macro(f"{prefix}LargestCv", source, cv, ".1f", 1.0, False, _largest_cv, most)
     how = "whether steps were captured"
     yield Macro("EnergyDecodeSteps", "energydecode", ("config", "task"), "d", 1.0, False, _launched, how)
-    alone = Where((("phase", "decode"), ("batch", 1)))
+    for word, batch in (("Alone", 1), ("Eight", 8)):
+        yield from _energy_ratios(f"EnergyDecode{word}", "energydecode", _energy_point("decode", batch))
+    for word, batch in (("Alone", 1), ("", ENERGY_BATCH["decode"])):
+        saved, point = "seconds of a step, exact less four bits", _energy_point("decode", batch)
+        name = f"EnergyDecode{word}StepSaved"
+        yield Macro(name, "energydecode", point, ".2f", 1e3, False, _step_saved_s, saved)
+    yield Macro("EnergySystematic", "energydecode", ("metrics", "meter", "systematic_percent"), ".0f")
+    yield Macro("EnergyLoadDevice", "energyload", ("provenance", "device"))
+    for name, key, spec in (("Intercept", "intercept", ".0f"), ("Slope", "slope", ".3f")):
+        yield Macro(f"EnergyLoad{name}", "energyload", ("metrics", "load", key), spec, 1.0, True)
+    yield Macro("EnergyLoadResidual", "energyload", ("metrics", "load", "max_residual_percent"), ".1f")
+    joules = ("metrics", "load", "above_idle_j")
+    yield Macro("EnergyLoadLeast", "energyload", joules, ",.0f", 1.0, False, min, "smallest")
+    yield Macro("EnergyLoadMost", "energyload", joules, ",.0f", 1.0, False, max, "largest")
+    for pace in ("host", "device"):
+        yield Macro(f"MeterCost{pace.title()}", "metercost", (pace, "share"), ".2f", 100, True)
+    assumed = ("metrics", "fleet", "assumptions")
+    yield Macro("FleetRequests", "energydecode", (*assumed, "requests_per_day"), ",d")
+    yield Macro("FleetPromptTokens", "energydecode", (*assumed, "mean_context_tokens"), ",.0f")
+    yield Macro("FleetAnswerTokens", "energydecode", (*assumed, "mean_generated_tokens"), ",.0f")
+    yield Macro("FleetPue", "energydecode", (*assumed, "pue"), "g")
+
+
+def _energy_ratios(prefix: str, source: str, point: tuple[Any, ...]) -> Iterator[Macro]:
+    """Joules of each width as a share of the exact cache's: in all, where nothing is against it, and above idle."""
     for bits in (2, 3, 4):
-        ratio = ("metrics", "points", alone, "headline", f"nuq{bits}")
-        yield Macro(f"EnergyDecodeAloneNuq{WORDS[bits]}Ratio", "energydecode", ratio, ".3f", 1.0, True)
+        name, label = f"{prefix}Nuq{WORDS[bits]}", f"nuq{bits}"
+        yield Macro(f"{name}Ratio", source, (*point, "headline", label), ".3f", 1.0, True)
+        yield Macro(f"{name}AboveIdle", source, (*point, "ratios", label, "above_idle"), ".3f", 1.0, True)
+
+
+def _largest_cv(points: list[dict[str, Any]]) -> float | None:
+    return max(
+        (c["cv_percent"] for p in points for c in p["variants"].values() if "cv_percent" in c), default=None
+    )
+
+
+def _step_saved_s(point: dict[str, Any]) -> float | None:
+    """By how much a decoding step with the exact cache takes longer than one at four bits."""
+    cells = [point["variants"].get(label, {}) for label in ("none", "nuq4")]
+    if not all("s_per_token" in cell for cell in cells):
+        return None
+    exact_s, quantized_s = (statistics.mean(cell["s_per_token"]) for cell in cells)
+    return float(point["batch"] * (exact_s - quantized_s))
 
 
 def _launched(task: dict[str, Any]) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 from kvquant.report.collect import Run
 from kvquant.report.quantities import variants_of
 
+ENERGY_SOURCES = ("energyprefill", "energydecode")
+# Its numbers are left by a module, not by a task.
+METER_COST, METER_COST_MODULE = "metercost", "kvquant.bench.meter_cost"
 TINY, LLAMA = "tiny", "llama2_7b_32k"
 
 
@@ -61,6 +64,13 @@ def _measured(phase: str) -> Callable[[Run], bool]:
         )
 
     return matches
+
+
+def _metered_load(run: Run) -> bool:
+    """Energy runs with a counter behind them that also measured work of known length, with nothing against it."""
+    metrics = run.result["metrics"]
+    load = metrics.get("load") if metrics.get("meter", {}).get("kind") == "measured" else None
+    return run.result["task"] == "energy" and bool(load) and not load.get("faults")
 
 
 def _default_prefill(model: str) -> Callable[[Run], bool]:
@@ -148,6 +158,19 @@ SOURCES = (
         "measured joules of decode",
         "task=energy energy.meter=nvml task.phases=[decode]",
         _measured("decode"),
+    ),
+    Source(
+        "energyload",
+        "measured joules of a matrix product of known length",
+        "task=energy energy.meter=nvml task.load_check=true",
+        _metered_load,
+    ),
+    Source(
+        METER_COST,
+        "what the meter's readings cost the work beside them",
+        f"python -m {METER_COST_MODULE} --json paper/data/energy_meter_cost.json",
+        # No run: `kvquant.report.paper.build` finds its record.
+        lambda run: False,
     ),
     Source(
         "llama",

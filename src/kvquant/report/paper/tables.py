@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kvquant.report.collect import Run
+from kvquant.report.energy import fleet_tables
 from kvquant.report.paper import tex
+from kvquant.report.paper.sources import ENERGY_SOURCES
 from kvquant.report.quantities import variants_of
-from kvquant.report.tables import latex_escape
+from kvquant.report.tables import ReportTable, latex_escape
 
 # Rows of the main table, grouped by width; what is missing in a run is left out there and stands in the appendix.
 MAIN_ROWS = (
@@ -98,6 +100,12 @@ def _energy(run: Run) -> str:
                 ]
             )
     return tex.tabular(columns, rows, rules_before=rules)
+
+
+def _fleet(table: ReportTable) -> str:
+    """A day of requests, by batch and cache; the text says what it assumes."""
+    rows = [[latex_escape(cell.text) for cell in row] for row in table.rows]
+    return tex.tabular([latex_escape(name) for name in table.columns], rows)
 
 
 def _allocation(run: Run) -> str:
@@ -286,6 +294,9 @@ def build_tables(chosen: Mapping[str, Run], measured: Sequence[Row]) -> Iterator
     for name, source, build in TABLES:
         run = chosen.get(source)
         yield f"table-{name}", tex.NOT_MEASURED if run is None else build(run), [] if run is None else [run]
+    metered = list({r.file: r for s in ENERGY_SOURCES if (r := chosen.get(s)) is not None}.values())
+    bill = fleet_tables(metered)
+    yield "table-fleet", _fleet(bill[0]) if bill else tex.NOT_MEASURED, metered if bill else []
     for name, operation, quantities in KERNEL_TABLES:
         shown = {run.file: run for row, run in measured if row["operation"] == operation}
         yield f"table-{name}", _kernels(measured, operation, quantities), list(shown.values())
