@@ -18,6 +18,7 @@ from typing import Any
 
 from kvquant.errors import ResultError
 from kvquant.report.paper.tables import MAIN_ROWS
+from kvquant.report.readme_energy import energy_parts, energy_runs, fleet_of
 from kvquant.results import FILE_NAME, load_result
 
 BEGIN, END = "<!-- generated: results (begin) -->", "<!-- generated: results (end) -->"
@@ -133,6 +134,14 @@ def _results_page(kept: dict[str, Result], paper: Path) -> str:
         parts.append(_table(table["columns"], table["rows"]))
         figures = sorted((paper / "figures").glob(f"{name}_*.png"))
         parts += [f"![{path.stem}](figures/{path.name})" for path in figures]
+    fleet = fleet_of(energy_runs(kept))
+    if fleet is not None:
+        parts += [
+            "## fleet",
+            "`python src/run.py task=report 'report.runs=[paper/data/energy_*.json]'`",
+            fleet.title,
+        ]
+        parts.append(_table(fleet.columns, [[cell.text for cell in row] for row in fleet.rows]))
     return "\n\n".join([*parts, ""])
 
 
@@ -152,7 +161,8 @@ def _readme_parts(kept: dict[str, Result], root: Path) -> list[str]:
     if (root / "paper" / "figures" / f"{MAIN}_{MAIN_FIGURE}").is_file():
         parts.append(f"![Divergence from the exact cache against bytes](paper/figures/{MAIN}_{MAIN_FIGURE})")
     said = [*_said_of_main(result), *_said_of_prefill(kept), *_said_of_window(kept)]
-    return [*parts, "\n".join(f"- {line}" for line in said)] if said else parts
+    parts += ["\n".join(f"- {line}" for line in said)] if said else []
+    return [*parts, *energy_parts(kept, root / "paper", _table)]
 
 
 def _said_of_main(result: Result) -> list[str]:

@@ -1,0 +1,141 @@
+"""Measured joules on README's page: a table by batch and width, a fleet's day by it, and what speaks for the meter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvquant.energy.fleet import is_valid, phase_name
+from kvquant.report.collect import Run
+from kvquant.report.energy import fleet_tables
+from kvquant.report.paper.build import meter_cost
+from kvquant.report.paper.sources import ENERGY_SOURCES, METER_COST, choose
+from kvquant.report.tables import ReportTable
+
+Result = dict[str, Any]
+AsTable = Callable[[Sequence[str], Sequence[Sequence[Any]]], str]
+CACHES = {"none": "exact", "nuq4": "4 bits", "nuq3": "3 bits", "nuq2": "2 bits"}
+
+
+def energy_runs(kept: Mapping[str, Result]) -> dict[str, Run]:
+    """Return the runs whose joules are shown, by source; the latest of each."""
+    return choose([Run(Path(f"{name}.json"), result) for name, result in kept.items()])
+
+
+def fleet_of(chosen: Mapping[str, Run]) -> ReportTable | None:
+    """What a fleet would take a day by the joules that are shown; None: not both phases were measured at one batch."""
+    shown = {run.file: run for name in ENERGY_SOURCES if (run := chosen.get(name)) is not None}
+    tables = fleet_tables(list(shown.values()))
+    return tables[0] if tables else None
+
+
+def energy_parts(kept: Mapping[str, Result], paper: Path, as_table: AsTable) -> list[str]:
+    """Return README's paragraphs on energy; none where no run has a counter behind it.
+
+    Args:
+        kept: results by name.
+        paper: paper/, with the record of the meter's cost.
+        as_table: makes Markdown of columns and rows.
+    """
+    chosen = energy_runs(kept)
+    shown = {run.file: run for name in ENERGY_SOURCES if (run := chosen.get(name)) is not None}
+    if not shown:
+        return []
+    points = [point for run in shown.values() for point in run.result["metrics"]["points"]]
+    points.sort(key=lambda point: (phase_name(point), point["batch"], point["prompt_tokens"]))
+    one = next(iter(shown.values()))
+    model, meter = one.result["metrics"]["model"], one.result["metrics"]["meter"]
+    cards = len({run.result["metrics"]["meter"].get("uuid") for run in shown.values()})
+    said = (
+        f"Joules per token ({' and '.join(f'`{file.stem}`' for file in shown)} in [paper/results.md](paper/results.md); "
+        f"{one.result['provenance']['device']}{', a card for each run' if cards > 1 else ''}): {model['num_layers']} layers of {model['num_query_heads']} query and "
+        f"{model['num_kv_heads']} KV heads of {model['head_dim']}, random weights, {model['parameters'] / 1e9:.2f} billion of "
+        "them. In brackets the ratio to the exact cache, with its 95% interval, and the ratio above idle power. "
+        f"+-{meter['systematic_percent']:g}% systematic stands beside every figure; how much of it a ratio's two sides share "
+        "was not measured."
+    )
+    head = ["sequences x tokens", *CACHES.values()]
+    table = as_table(head, [[_place(point), *(_cell(point, label) for label in CACHES)] for point in points])
+    lines = [*_said_of_steps(points), *_said_of_fleet(chosen), *_said_of_meter(chosen, paper)]
+    return [said, table, "\n".join(f"- {line}" for line in lines)]
+
+
+def _place(point: dict[str, Any]) -> str:
+    return f"{phase_name(point)}, {point['batch']} x {point['prompt_tokens']:,}"
+
+
+def _cell(point: dict[str, Any], label: str) -> str:
+    cell = point["variants"].get(label, {})
+    if not is_valid(cell):
+        return "not valid" if cell else ""
+    joules, ratio = f"{cell['j_per_token_mean']:.4g}", point["headline"].get(label)
+    if not ratio:
+        return joules
+    above = point["ratios"][label].get("above_idle")
+    idle = f"; {above['value']:.3f}" if above else ""
+    return f"{joules} ({ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]{idle})"
+
+
+def _step_ms(point: dict[str, Any], label: str) -> float | None:
+    took = point["variants"].get(label, {}).get("s_per_token")
+    return 1e3 * point["batch"] * sum(took) / len(took) if took else None
+
+
+def _said_of_steps(points: Sequence[dict[str, Any]]) -> list[str]:
+    """How long steps took: what does not grow with the batch is not what a smaller cache saves."""
+    took = [(p["batch"], _step_ms(p, "none"), _step_ms(p, "nuq4")) for p in points if p["phase"] == "decode"]
+    told = [f"{a:.2f} and {b:.2f} ms at {batch}" for batch, a, b in took if a is not None and b is not None]
+    if not told:
+        return []
+    line = f"A decoding step takes, with the exact cache and at 4 bits, {', '.join(told)} sequences."
+    saved = [a - b for _, a, b in took if a is not None and b is not None]
+    if len(saved) > 1 and saved[0] > saved[-1] / 2 > 0:
+        line += (
+            " Most of the difference is there at the smallest batch already, whose cache is small beside the weights: a fixed "
+            "cost of our exact blocks, not of their bytes. Ratios above idle have less of it, and show what grows with the batch."
+        )
+    return [line]
+
+
+def _said_of_fleet(chosen: Mapping[str, Run]) -> list[str]:
+    table = fleet_of(chosen)
+    if table is None:
+        return []
+    days = ", ".join(f"{row[3].text} kWh ({CACHES.get(row[1].text, row[1].text)})" for row in table.rows)
+    batch = table.rows[0][0].text
+    assumed = table.title.removeprefix("what if a fleet: ")
+    return [
+        f"What a fleet would take a day with this model, {batch} sequences at once: {days}. Assumed: {assumed}."
+    ]
+
+
+def _said_of_meter(chosen: Mapping[str, Run], paper: Path) -> list[str]:
+    lines = []
+    runs = {run.file: run.result for run in chosen.values() if run.result["task"] == "energy"}
+    agreements = [result["metrics"]["agreement"] for result in runs.values()]
+    longest = max(agreements, key=lambda entry: entry["window_s"])
+    lines.append(
+        f"Counter and integrated power differ by {abs(longest['disagreement_percent']):.2f}% over {longest['window_s']:.0f} s of "
+        "prefill: one sensor, read twice."
+    )
+    if "energyload" in chosen:
+        found, device = (
+            chosen["energyload"].result["metrics"]["load"],
+            chosen["energyload"].result["provenance"],
+        )
+        lines.append(
+            f"Matrix products on an {device['device']}: joules above idle, {min(found['above_idle_j']):,.0f} to "
+            f"{max(found['above_idle_j']):,.0f}, are proportional to their number, to {found['max_residual_percent']:.1f}%; "
+            f"intercept {found['intercept']['value']:.0f} J [{found['intercept']['low']:.0f}, {found['intercept']['high']:.0f}]."
+        )
+    record = meter_cost(paper).get(METER_COST)
+    if record is not None:
+        shares = {pace: record.result[pace]["share"] for pace in ("host", "device") if pace in record.result}
+        told = " and ".join(
+            f"{100 * share['value']:.2f}% [{100 * share['low']:.2f}, {100 * share['high']:.2f}] of work that the {pace} paces"
+            for pace, share in shares.items()
+            if share
+        )
+        lines.append(f"The meter's readings cost {told} ({record.result['source']}).")
+    return lines
