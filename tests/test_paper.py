@@ -226,6 +226,24 @@ def test_a_bench_in_several_parts_and_the_compile_table_fill_their_tables(tmp_pa
     )
 
 
+def test_a_fleets_day_and_the_meters_cost_have_their_runs(tmp_path: Path) -> None:
+    found = collect([str(PAPER / "data" / "energy_h200_*.json")]).ok
+    record = json.loads((PAPER / "data" / "energy_h200_meter_cost.json").read_text())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "energy_h200_meter_cost.json").write_text(json.dumps(record))
+    manifest = write_paper(found, tmp_path / "generated")
+    assert len(manifest["tables"]["table-fleet"]) == len(manifest["figures"]["figure-energy"]) == 2
+    assert manifest["macros"]["MeterCostHost"]["git_sha"] == record["provenance"]["git_sha"]
+    assert "8 & nuq4 &" in (tmp_path / "generated" / "table-fleet.tex").read_text()
+    commands = (tmp_path / "generated" / "commands.tex").read_text()
+    assert r"kvquant.\allowbreak{}bench.\allowbreak{}meter\_\allowbreak{}cost --seconds 20" in commands
+    # One phase alone is no bill, and a run that is no longer there has no number.
+    (tmp_path / "data" / "energy_h200_meter_cost.json").unlink()
+    decode = [run for run in found if "decode" in run.folder.name]
+    manifest = write_paper(decode, tmp_path / "generated")
+    assert manifest["tables"]["table-fleet"] == [] and manifest["macros"]["MeterCostHost"]["text"] is None
+
+
 def test_a_second_call_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     write_paper([run_of(tmp_path, "compare", compared(*MAIN), TINY)], tmp_path / "generated")
     write_paper([], tmp_path / "generated")

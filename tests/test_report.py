@@ -27,6 +27,7 @@ from kvquant.sweeps import Point as SweepPoint
 from kvquant.sweeps import Sweep, slug
 from kvquant.tasks import run_task
 
+PAPER_DATA = Path(__file__).resolve().parent.parent / "paper" / "data"
 BY_NAME = {spec.name: spec for spec in FIGURES}
 
 
@@ -313,8 +314,11 @@ def test_a_slug_is_readable_and_safe() -> None:
 
 
 def test_energy_and_kernel_runs_have_figures_and_rows_of_their_own(tmp_path: Path, report) -> None:
-    # A run on an H100: one point, of whose caches one is not valid.
-    kept = Path(__file__).resolve().parent.parent / "paper" / "data" / "energy_h100_prefill.json"
+    # A run on an H200: one point, of whose caches one is made invalid.
+    kept = tmp_path / "energy.json"
+    energy = json.loads((PAPER_DATA / "energy_h200_prefill.json").read_text())
+    energy["metrics"]["points"][0]["variants"]["nuq4"]["faults"] = ["it slowed down"]
+    kept.write_text(json.dumps(energy))
     rows = [
         {
             "operation": operation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 from kvquant.report.collect import Collection, Run
 from kvquant.report.energy import draw_energy_figures, energy_tables
 from kvquant.report.page import write_page
+from kvquant.report.readme_energy import energy_parts
 from kvquant.report.tables import latex, markdown
+
+PAPER = Path(__file__).resolve().parent.parent / "paper"
 
 
 def cell(j_per_token: float, **changes: Any) -> dict[str, Any]:
@@ -108,6 +112,40 @@ def test_a_fleets_bill_takes_phases_from_several_runs_and_says_what_it_assumes()
     assert float(row[2].text) == pytest.approx(52.5) and float(row[3].text) == pytest.approx(
         0.07875, rel=1e-3
     )
+
+
+def kept_energy() -> dict[str, Any]:
+    names = ("energy_h100_decode", "energy_h200_decode", "energy_h200_prefill")
+    return {name: json.loads((PAPER / "data" / f"{name}.json").read_text()) for name in names}
+
+
+def parts_of(kept: dict[str, Any], paper: Path = PAPER) -> list[str]:
+    return energy_parts(
+        kept, paper, lambda columns, rows: "\n".join(" | ".join(row) for row in [columns, *rows])
+    )
+
+
+def test_readme_says_joules_by_batch_and_what_speaks_for_the_meter(tmp_path: Path) -> None:
+    kept = kept_energy()
+    said, table, lines = parts_of(kept)
+    assert "a card for each run" in said and "+-5% systematic" in said
+    assert [row.split(" | ")[0].split(",")[0] for row in table.splitlines()[1:]] == (
+        ["decode (CUDA graph)"] * 3 + ["prefill"]
+    )
+    for text in (
+        "kWh (4 bits)",
+        "Matrix products on an NVIDIA H100",
+        "% [0.15, 0.24]",
+        "a fixed cost of our exact",
+    ):
+        assert text in lines
+    # The latest run counts, one phase makes no bill, and nothing is said of what was not measured.
+    kept.pop("energy_h200_prefill")
+    kept["energy_h200_decode"]["metrics"]["points"][0]["variants"]["nuq3"]["faults"] = ["it slowed down"]
+    said, table, lines = parts_of(kept, tmp_path)
+    assert "a card for each run" not in said and "not valid" in table
+    assert "kWh" not in lines and "readings cost" not in lines
+    assert parts_of({}) == []
 
 
 def test_joules_by_batch_are_drawn_and_land_on_the_page(tmp_path: Path) -> None:

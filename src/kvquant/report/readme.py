@@ -18,7 +18,7 @@ from typing import Any
 
 from kvquant.errors import ResultError
 from kvquant.report.paper.tables import MAIN_ROWS
-from kvquant.report.readme_energy import energy_parts, energy_runs, fleet_of
+from kvquant.report.readme_energy import chosen_of, energy_parts, fleet_of
 from kvquant.results import FILE_NAME, load_result
 
 BEGIN, END = "<!-- generated: results (begin) -->", "<!-- generated: results (end) -->"
@@ -134,7 +134,7 @@ def _results_page(kept: dict[str, Result], paper: Path) -> str:
         parts.append(_table(table["columns"], table["rows"]))
         figures = sorted((paper / "figures").glob(f"{name}_*.png"))
         parts += [f"![{path.stem}](figures/{path.name})" for path in figures]
-    fleet = fleet_of(energy_runs(kept))
+    fleet = fleet_of(chosen_of(kept))
     if fleet is not None:
         parts += [
             "## fleet",

@@ -10,7 +10,7 @@ from kvquant.energy.fleet import is_valid, phase_name
 from kvquant.report.collect import Run
 from kvquant.report.energy import fleet_tables
 from kvquant.report.paper.build import meter_cost
-from kvquant.report.paper.sources import ENERGY_SOURCES, METER_COST, choose
+from kvquant.report.paper.sources import METER_COST, choose, energy_runs
 from kvquant.report.tables import ReportTable
 
 Result = dict[str, Any]
@@ -18,15 +18,14 @@ AsTable = Callable[[Sequence[str], Sequence[Sequence[Any]]], str]
 CACHES = {"none": "exact", "nuq4": "4 bits", "nuq3": "3 bits", "nuq2": "2 bits"}
 
 
-def energy_runs(kept: Mapping[str, Result]) -> dict[str, Run]:
+def chosen_of(kept: Mapping[str, Result]) -> dict[str, Run]:
     """Return the runs whose joules are shown, by source; the latest of each."""
     return choose([Run(Path(f"{name}.json"), result) for name, result in kept.items()])
 
 
 def fleet_of(chosen: Mapping[str, Run]) -> ReportTable | None:
     """What a fleet would take a day by the joules that are shown; None: not both phases were measured at one batch."""
-    shown = {run.file: run for name in ENERGY_SOURCES if (run := chosen.get(name)) is not None}
-    tables = fleet_tables(list(shown.values()))
+    tables = fleet_tables(energy_runs(chosen))
     return tables[0] if tables else None
 
 
@@ -38,23 +37,26 @@ def energy_parts(kept: Mapping[str, Result], paper: Path, as_table: AsTable) -> 
         paper: paper/, with the record of the meter's cost.
         as_table: makes Markdown of columns and rows.
     """
-    chosen = energy_runs(kept)
-    shown = {run.file: run for name in ENERGY_SOURCES if (run := chosen.get(name)) is not None}
+    chosen = chosen_of(kept)
+    shown = energy_runs(chosen)
     if not shown:
         return []
-    points = [point for run in shown.values() for point in run.result["metrics"]["points"]]
+    points = [point for run in shown for point in run.result["metrics"]["points"]]
     points.sort(key=lambda point: (phase_name(point), point["batch"], point["prompt_tokens"]))
-    one = next(iter(shown.values()))
+    one = shown[0]
     model, meter = one.result["metrics"]["model"], one.result["metrics"]["meter"]
-    cards = len({run.result["metrics"]["meter"].get("uuid") for run in shown.values()})
+    cards = len({run.result["metrics"]["meter"].get("uuid") for run in shown})
     said = (
-        f"Joules per token ({' and '.join(f'`{file.stem}`' for file in shown)} in [paper/results.md](paper/results.md); "
+        f"Joules per token ({' and '.join(f'`{run.file.stem}`' for run in shown)} in [paper/results.md](paper/results.md); "
         f"{one.result['provenance']['device']}{', a card for each run' if cards > 1 else ''}): {model['num_layers']} layers of {model['num_query_heads']} query and "
         f"{model['num_kv_heads']} KV heads of {model['head_dim']}, random weights, {model['parameters'] / 1e9:.2f} billion of "
-        "them. In brackets the ratio to the exact cache, with its 95% interval, and the ratio above idle power. "
-        f"+-{meter['systematic_percent']:g}% systematic stands beside every figure; how much of it a ratio's two sides share "
-        "was not measured."
+        "them. In brackets the ratio to the exact cache, with its 95% interval, and the ratio above idle power."
     )
+    if meter["systematic_percent"] is not None:
+        said += (
+            f" +-{meter['systematic_percent']:g}% systematic stands beside every figure; how much of it a ratio's two sides "
+            "share was not measured."
+        )
     head = ["sequences x tokens", *CACHES.values()]
     table = as_table(head, [[_place(point), *(_cell(point, label) for label in CACHES)] for point in points])
     lines = [*_said_of_steps(points), *_said_of_fleet(chosen), *_said_of_meter(chosen, paper)]

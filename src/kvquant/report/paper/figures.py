@@ -9,7 +9,7 @@ from typing import Any
 
 from kvquant.energy.fleet import PREFILL
 from kvquant.report.collect import Run
-from kvquant.report.paper.sources import ENERGY_SOURCES, block_size_runs
+from kvquant.report.paper.sources import block_size_runs, energy_runs
 from kvquant.report.quantities import variants_of
 from kvquant.report.style import COLOURS, CYCLE, figure
 
@@ -40,7 +40,7 @@ def draw_figures(
         if source in chosen:
             draw(chosen[source], folder / f"figure-{name}.pdf")
         yield f"figure-{name}", [chosen[source]] if source in chosen else []
-    metered = list({r.file: r for s in ENERGY_SOURCES if (r := chosen.get(s)) is not None}.values())
+    metered = energy_runs(chosen)
     drawn = bool(metered) and _energy(metered, folder / "figure-energy.pdf")
     yield "figure-energy", metered if drawn else []
     sizes = block_size_runs(runs)
@@ -137,7 +137,7 @@ def _append(run: Run, path: Path) -> None:
 
 def _energy(runs: Sequence[Run], path: Path) -> bool:
     """Joules as a share of the exact cache's, by phase and batch; returns False, drawing nothing, without a ratio."""
-    points = [point for run in runs for point in run.result["metrics"]["points"] if point["headline"]]
+    points = [point for run in runs for point in run.result["metrics"]["points"] if point.get("headline")]
     points.sort(key=lambda point: (point["phase"] == PREFILL, point["batch"]))
     if not points:
         return False

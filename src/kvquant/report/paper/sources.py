@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvquant.report.collect import Run
 from kvquant.report.quantities import variants_of
 
-ENERGY_SOURCES = ("energyprefill", "energydecode")
 # Its numbers are left by a module, not by a task.
 METER_COST, METER_COST_MODULE = "metercost", "kvquant.bench.meter_cost"
 TINY, LLAMA = "tiny", "llama2_7b_32k"
@@ -69,8 +68,9 @@ def _measured(phase: str) -> Callable[[Run], bool]:
 def _metered_load(run: Run) -> bool:
     """Energy runs with a counter behind them that also measured work of known length, with nothing against it."""
     metrics = run.result["metrics"]
-    load = metrics.get("load") if metrics.get("meter", {}).get("kind") == "measured" else None
-    return run.result["task"] == "energy" and bool(load) and not load.get("faults")
+    if run.result["task"] != "energy" or metrics.get("meter", {}).get("kind") != "measured":
+        return False
+    return bool(metrics.get("load")) and not metrics["load"].get("faults")
 
 
 def _default_prefill(model: str) -> Callable[[Run], bool]:
@@ -200,6 +200,12 @@ def choose(runs: Sequence[Run]) -> dict[str, Run]:
         runs: those that ended well.
     """
     return {source.name: found[0] for source in SOURCES if (found := latest_first(runs, source.matches))}
+
+
+def energy_runs(chosen: Mapping[str, Run]) -> list[Run]:
+    """Return the chosen runs whose joules are shown: of prefill, of decoding, or one of both."""
+    found = [chosen[name] for name in ("energyprefill", "energydecode") if name in chosen]
+    return list({run.file: run for run in found}.values())
 
 
 def latest_first(runs: Sequence[Run], matches: Callable[[Run], bool]) -> list[Run]:

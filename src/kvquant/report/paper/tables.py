@@ -8,7 +8,7 @@ from typing import Any
 from kvquant.report.collect import Run
 from kvquant.report.energy import fleet_tables
 from kvquant.report.paper import tex
-from kvquant.report.paper.sources import ENERGY_SOURCES
+from kvquant.report.paper.sources import energy_runs
 from kvquant.report.quantities import variants_of
 from kvquant.report.tables import ReportTable, latex_escape
 
@@ -294,8 +294,9 @@ def build_tables(chosen: Mapping[str, Run], measured: Sequence[Row]) -> Iterator
     for name, source, build in TABLES:
         run = chosen.get(source)
         yield f"table-{name}", tex.NOT_MEASURED if run is None else build(run), [] if run is None else [run]
-    metered = list({r.file: r for s in ENERGY_SOURCES if (r := chosen.get(s)) is not None}.values())
-    bill = fleet_tables(metered)
+    metered = energy_runs(chosen)
+    # A day of requests takes both phases.
+    bill = fleet_tables(metered) if {"energyprefill", "energydecode"} <= chosen.keys() else []
     yield "table-fleet", _fleet(bill[0]) if bill else tex.NOT_MEASURED, metered if bill else []
     for name, operation, quantities in KERNEL_TABLES:
         shown = {run.file: run for row, run in measured if row["operation"] == operation}
