@@ -191,7 +191,24 @@ def store_rows(
     if V == 4:
         four = tl.reshape(code, (HEADS_P * S * UP // 4, 4))
         code = tl.sum(four << (8 * tl.arange(0, 4))[None, :], 1)
-    words = tl.reshape(code, (HEADS_P, S, UP // V))
+    store_planes(code, to, stride, HEADS, HEADS_P, U, UP, S, V, BITS)
+
+
+@triton.jit
+def store_planes(
+    words,
+    to,
+    stride,
+    HEADS: tl.constexpr,
+    HEADS_P: tl.constexpr,
+    U: tl.constexpr,
+    UP: tl.constexpr,
+    S: tl.constexpr,
+    V: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """What :func:`store_rows` does once ``V`` neighbours share a word: the codes are [HEADS_P * S * UP / V]."""
+    words = tl.reshape(words, (HEADS_P, S, UP // V))
     head, j = tl.arange(0, HEADS_P)[:, None], V * tl.arange(0, UP // V)[None, :]
     rows, inside = head * stride + j, (head < HEADS) & (j < U)
     _store_plane(words, to, rows, inside, U, S, V, BITS, 8)

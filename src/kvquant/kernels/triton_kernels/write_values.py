@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvquant.kernels import ERROR_VALUE_NOT_FINITE, LayerConstants, ValueStore
+from kvquant.kernels.triton_kernels import value_pairs
 from kvquant.kernels.triton_kernels.codes import (
     as_bytes,
     boundaries,
@@ -383,6 +384,19 @@ def write_values(
         (T, VG, 4) if per_end and not whole else (0,), dtype=torch.float32, device=values.device
     )
     slots = (slot_block, slot_offset)
+    if value_pairs.takes(values, store, U, bits):
+        value_pairs.write(
+            values,
+            store,
+            constants,
+            slots,
+            skip_bytes,
+            error,
+            bits=bits,
+            subfield=U,
+            has_skip=skip is not None,
+        )
+        return
     _ranges_and_outliers[(T, VG)](
         values,
         skip_bytes,
