@@ -111,6 +111,26 @@ def lowest_bit(mask):
 
 
 @triton.jit
+def number_of_bit(mask):
+    """Number of the only bit set, or of the highest of few: the exponent of the mask as a number."""
+    return (mask.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def bits_of_bytes(mask):
+    """How many bits each byte has, in the bytes."""
+    mask = mask - ((mask >> 1) & 0x55555555)
+    mask = (mask & 0x33333333) + ((mask >> 2) & 0x33333333)
+    return (mask + (mask >> 4)) & 0x0F0F0F0F
+
+
+@triton.jit
+def sum_of_bytes(count):
+    """The sum of a word's bytes, below 256."""
+    return (count * 0x01010101) >> 24
+
+
+@triton.jit
 def _fold_plane(words, code, SUBFIELD: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
     # A width of b bits has the planes that b is written with in binary, the widest first and lowest.
     if BITS & WIDTH:

@@ -5,7 +5,9 @@ has no instruction for, and the interpreter, takes the halves apart.
 """
 
 # Kernels take tensors and constants, which have no types.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined, assignment, misc"
+# Nor can tuples in them, which grow, be unpacked into others.
+# ruff: noqa: RUF005
 
 from __future__ import annotations
 
@@ -213,3 +215,44 @@ def top_bits(pair):
         return tl.where(pair & 0x8000 != 0, 0xFFFF, 0) | tl.where(pair < 0, -65536, 0)
     else:
         return tl.inline_asm_elementwise("prmt.b32 $0, $1, $1, 0xBB99;", "=r,r", [pair], tl.int32, True, 1)
+
+
+@triton.jit
+def floor_bits(number, BF16: tl.constexpr):
+    """Bits of the largest 16-bit number that does not exceed an fp32 one: the same 16-bit numbers are above both."""
+    if BF16:
+        bits = number.to(tl.int32, bitcast=True)
+        return (bits + ((bits >> 31) & 0xFFFF)) >> 16
+    else:
+        near = number.to(tl.float16)
+        place = order(near.to(tl.int16, bitcast=True).to(tl.int32))
+        return order(tl.where(near.to(tl.float32) > number, place - 1, place))
+
+
+@triton.jit
+def _half_of(upper, t, LEFT: tl.constexpr):
+    """The upper or the lower 2**LEFT - 1 thresholds."""
+    chosen = ()
+    for k in tl.static_range((1 << LEFT) - 1):
+        chosen = chosen + (select(upper, t[(1 << LEFT) + k], t[k]),)
+    return chosen
+
+
+@triton.jit
+def code_of_pair(x, t, BITS: tl.constexpr, BF16: tl.constexpr):
+    """Minus the sum of masks that :func:`counted` makes the codes of a pair."""
+    upper = above(x, t[(1 << (BITS - 1)) - 1], BF16)
+    code = upper
+    for level in tl.static_range(1, BITS):
+        t = _half_of(upper, t, BITS - level)
+        upper = above(x, t[(1 << (BITS - 1 - level)) - 1], BF16)
+        code = code * 2 + upper
+    return code
+
+
+@triton.jit
+def high_and_low(x, t, BF16: tl.constexpr):
+    """Codes of 3 bits as :func:`code_of_pair` gives them, the highest bit and the others apart."""
+    high = above(x, t[3], BF16)
+    t = _half_of(high, t, 2)
+    return high, code_of_pair(x, t, 2, BF16)

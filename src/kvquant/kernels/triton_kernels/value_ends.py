@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvquant.kernels.triton_kernels.codes import bits_of_bytes, number_of_bit, sum_of_bytes
 from kvquant.kernels.triton_kernels.pairs import (
     above,
     counted,
@@ -168,12 +169,6 @@ def extreme(pair, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def number_of_bit(mask):
-    """Number of the only bit set, or of the highest of few: the exponent of the mask as a number."""
-    return (mask.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-
-
-@triton.jit
 def channel_of(bit, LANES: tl.constexpr):
     """The channels that a bit of the threads' masks stands for."""
     return (bit >> 3) * (LANES * 8) + tl.arange(0, LANES) * 8 + (bit & 7)
@@ -195,20 +190,6 @@ def _add_ties(mask, ties, count, HIGHEST: tl.constexpr, LANES: tl.constexpr):
         chosen = tl.where(chosen & (ties != 0), 1 << (bit & 31), 0)
         mask, ties = mask | chosen, ties & ~chosen
     return mask
-
-
-@triton.jit
-def bits_of_bytes(mask):
-    """How many bits each byte has, in the bytes."""
-    mask = mask - ((mask >> 1) & 0x55555555)
-    mask = (mask & 0x33333333) + ((mask >> 2) & 0x33333333)
-    return (mask + (mask >> 4)) & 0x0F0F0F0F
-
-
-@triton.jit
-def sum_of_bytes(count):
-    """The sum of a word's bytes, below 256."""
-    return (count * 0x01010101) >> 24
 
 
 @triton.jit

@@ -18,27 +18,31 @@ import triton.language as tl
 from torch import Tensor
 
 from kvquant.kernels import ERROR_VALUE_NOT_FINITE, LayerConstants, ValueStore
-from kvquant.kernels.triton_kernels.codes import is_finite, report, store_planes
+from kvquant.kernels.triton_kernels.codes import (
+    bits_of_bytes,
+    is_finite,
+    number_of_bit,
+    report,
+    store_planes,
+    sum_of_bytes,
+)
 from kvquant.kernels.triton_kernels.pairs import (
-    above,
     bytes_of_halves,
+    code_of_pair,
     counted,
+    floor_bits,
     larger,
     number,
     order,
-    select,
     smaller,
     spoilt,
     spread,
     twice,
 )
 from kvquant.kernels.triton_kernels.value_ends import (
-    bits_of_bytes,
     channel_of,
     extreme,
-    number_of_bit,
     outliers,
-    sum_of_bytes,
 )
 
 _VALUE_NOT_FINITE = tl.constexpr(ERROR_VALUE_NOT_FINITE)
@@ -65,14 +69,7 @@ def _thresholds(zero, scale, stored, midpoints, BITS: tl.constexpr, BF16: tl.con
     LEVELS: tl.constexpr = 1 << BITS
     i = tl.arange(0, LEVELS)
     b = scale * tl.load(midpoints + i, mask=i < LEVELS - 1, other=0.0) + zero
-    if BF16:
-        bits = b.to(tl.int32, bitcast=True)
-        bits = (bits + ((bits >> 31) & 0xFFFF)) >> 16
-    else:
-        near = b.to(tl.float16)
-        bits = order(near.to(tl.int16, bitcast=True).to(tl.int32))
-        bits = order(tl.where(near.to(tl.float32) > b, bits - 1, bits))
-    parts = (twice(tl.where(stored, bits, 0x7FFF)),)
+    parts = (twice(tl.where(stored, floor_bits(b, BF16), 0x7FFF)),)
     for level in tl.static_range(BITS):
         halved = ()
         for k in tl.static_range(1 << level):
@@ -81,27 +78,6 @@ def _thresholds(zero, scale, stored, midpoints, BITS: tl.constexpr, BF16: tl.con
             halved = halved + (lower, upper)
         parts = halved
     return parts
-
-
-@triton.jit
-def _half_of(upper, t, LEFT: tl.constexpr):
-    """The upper or the lower 2**LEFT - 1 thresholds."""
-    chosen = ()
-    for k in tl.static_range((1 << LEFT) - 1):
-        chosen = chosen + (select(upper, t[(1 << LEFT) + k], t[k]),)
-    return chosen
-
-
-@triton.jit
-def _code(x, t, BITS: tl.constexpr, BF16: tl.constexpr):
-    """Minus the sum of masks that :func:`counted` makes the codes of a pair."""
-    upper = above(x, t[(1 << (BITS - 1)) - 1], BF16)
-    code = upper
-    for level in tl.static_range(1, BITS):
-        t = _half_of(upper, t, BITS - level)
-        upper = above(x, t[(1 << (BITS - 1 - level)) - 1], BF16)
-        code = code * 2 + upper
-    return code
 
 
 @triton.jit
@@ -196,7 +172,7 @@ def _quantize(
                 pair = x[4 * r + p]
                 if N > 0:
                     pair = pair | spread(mask << (7 - 2 * p), mask << (6 - 2 * p), r)
-                code = code + (_code(pair, t, BITS, BF16),)
+                code = code + (code_of_pair(pair, t, BITS, BF16),)
             words = words + (bytes_of_halves(counted(code[0] + code[1] * 256)),)
         eight = tl.reshape(tl.join(words[0], words[1]), (LANES * 2,))
         store_planes(eight, row + r * HPR * STRIDE, STRIDE, HPR, HPR, U, U, D // U, 4, BITS)
