@@ -32,6 +32,7 @@ from kvquant.kernels.triton_kernels.pairs import (
 
 _KEY_NOT_FINITE = tl.constexpr(ERROR_KEY_NOT_FINITE)
 _THREAD = 16  # channels of a thread
+_THREADS = 128  # of a program
 
 
 @triton.jit
@@ -296,14 +297,15 @@ def _report(
 
 
 def takes(keys: Tensor, store: KeyStore, bits: int) -> bool:
-    """Whether :func:`codes_and_marks` can encode keys: 16 bits, stored as they are, heads of powers of two."""
+    """Whether :func:`codes_and_marks` can encode keys: 16 bits, stored as they are, heads of powers of two, whole pairs."""
     D = keys.shape[2]
     return (
         keys.dtype in (torch.float16, torch.bfloat16)
         and keys.dtype == store.outlier_value.dtype
         and bits <= 4
         and D & (D - 1) == 0
-        and D >= 4 * _THREAD
+        and 4 * _THREAD <= D <= _THREADS * _THREAD
+        and keys.data_ptr() % 4 == 0
     )
 
 
@@ -369,7 +371,7 @@ def codes_and_marks(
         V=_THREAD // S,
         BS=store.codes.shape[2],
         BITS=bits,
-        ROWS=128 // lanes,
+        ROWS=_THREADS // lanes,
         LANES=lanes,
         SKIP=skip is not None,
         MARKS=marks.numel() > 0,

@@ -208,10 +208,15 @@ def outliers(x, N: tl.constexpr, LANES: tl.constexpr, REPS: tl.constexpr, BF16: 
         at_high, at_low = _equal(x, high, REPS, BF16), _equal(x, low, REPS, BF16)
         ties_high = tl.sum(sum_of_bytes(bits_of_bytes(at_high)), 0)
         ties_low = tl.sum(sum_of_bytes(bits_of_bytes(at_low)), 0)
-        # Ties that are no outliers bound the range. Outliers are the highest at the high end, the lowest at the low.
+        # Outliers are the highest channels of the ties at the high end, the lowest of those at the low end.
         mask = mask & ~(at_high | at_low)
         mask = _add_ties(mask, at_high, tl.minimum(N - above_high, ties_high), True, LANES)
         mask = _add_ties(mask, at_low, tl.minimum(N - below_low, ties_low), False, LANES)
-        highest = tl.where(above_high + ties_high > N, order(first(high)), highest)
-        lowest = tl.where(below_low + ties_low > N, order(first(low)), lowest)
+        # Ties that are no outliers bound the range: from both sides where no other channel is left.
+        high, low = order(first(high)), order(first(low))
+        high_left, low_left = above_high + ties_high > N, below_low + ties_low > N
+        highest, lowest = (
+            tl.where(high_left, high, tl.where(low_left, tl.maximum(highest, low), highest)),
+            tl.where(low_left, low, tl.where(high_left, tl.minimum(lowest, high), lowest)),
+        )
     return mask, order(highest), order(lowest)

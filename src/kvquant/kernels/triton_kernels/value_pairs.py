@@ -39,11 +39,7 @@ from kvquant.kernels.triton_kernels.pairs import (
     spread,
     twice,
 )
-from kvquant.kernels.triton_kernels.value_ends import (
-    channel_of,
-    extreme,
-    outliers,
-)
+from kvquant.kernels.triton_kernels.value_ends import channel_of, extreme, outliers
 
 _VALUE_NOT_FINITE = tl.constexpr(ERROR_VALUE_NOT_FINITE)
 _WARP = 1024  # channels of a warp
@@ -201,7 +197,7 @@ def _store_outliers(
 
 
 def takes(values: Tensor, store: ValueStore, U: int, bits: int) -> bool:
-    """Whether :func:`write` can store values: whole heads of powers of two, few outliers, up to 4 bits."""
+    """Whether :func:`write` can store values: whole pairs and heads of powers of two, few outliers, up to 4 bits."""
     _, H, D = values.shape
     VG = store.zero.shape[-1]
     channels, entries = H * D // VG, store.outlier_index.shape[-1] // VG
@@ -216,6 +212,7 @@ def takes(values: Tensor, store: ValueStore, U: int, bits: int) -> bool:
         and _THREAD * lanes >= D
         and entries <= 255
         and 6 * entries <= channels
+        and values.data_ptr() % 4 == 0
     )
 
 

@@ -132,15 +132,7 @@ def write_values(
     channels = H * D // VG
     per_end = store.outlier_index.shape[-1] // VG // 2
     U = subfield_width(D, bits)
-    UP = triton.next_power_of_2(U)
-    # Groups of whole heads are encoded at once. Others share bytes, and are encoded when all their ranges are known.
-    whole = channels % D == 0
-    layout = {"HEADS": channels // D, "D": D, "U": U, "UP": UP} if whole else _as_one_head(channels)
-    padded = triton.next_power_of_2(layout["HEADS"]) * (layout["D"] // layout["U"]) * layout["UP"]
     values, skip_bytes = values.contiguous(), as_bytes(skip, slot_block)
-    ends = torch.empty(
-        (T, VG, 4) if per_end and not whole else (0,), dtype=torch.float32, device=values.device
-    )
     slots = (slot_block, slot_offset)
     if value_pairs.takes(values, store, U, bits):
         value_pairs.write(
@@ -155,6 +147,14 @@ def write_values(
             has_skip=skip is not None,
         )
         return
+    UP = triton.next_power_of_2(U)
+    # Groups of whole heads are encoded at once. Others share bytes, and are encoded when all their ranges are known.
+    whole = channels % D == 0
+    layout = {"HEADS": channels // D, "D": D, "U": U, "UP": UP} if whole else _as_one_head(channels)
+    padded = triton.next_power_of_2(layout["HEADS"]) * (layout["D"] // layout["U"]) * layout["UP"]
+    ends = torch.empty(
+        (T, VG, 4) if per_end and not whole else (0,), dtype=torch.float32, device=values.device
+    )
     ranges_and_outliers[(T, VG)](
         values,
         skip_bytes,
