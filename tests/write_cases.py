@@ -71,7 +71,7 @@ SMALL = [
             head_dim=128,
             heads=8,
             dtype="bf16",
-            calls=((12,),),
+            calls=((11,),),
             block_size=8,
             ties=True,
             sinks=sinks,
@@ -83,7 +83,7 @@ SMALL = [
         for bits, sinks in ((2, 2), (3, 0), (4, 1))
     ),
     # More outliers at an end than threads.
-    Case(bits=4, head_dim=128, heads=8, calls=((12,),), block_size=8, ties=True, fraction=0.15),
+    Case(bits=4, head_dim=128, heads=8, calls=((9,),), block_size=8, ties=True, fraction=0.15),
     Case(bits=2, head_dim=128, heads=8, calls=((2,),), block_size=8, fraction=0.15),
 ]
 LARGE = [
