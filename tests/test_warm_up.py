@@ -58,7 +58,7 @@ def test_what_is_measured_has_been_compiled(stored):
             history.quantizer.reader(history.store(1), backend="triton")(step.block_table[:2, :2].long())
             history.pool.rollback()
     found, needed = ({(name, kernel.hash) for name, kernel in launched} for launched in (ahead, measured))
-    assert {"_decode_kernel", "_codes_and_base_rows", "_ranges_and_outliers", "_dequantize_keys"} <= {
+    assert {"_decode_kernel", "_codes_and_marks", "_store_outliers", "_quantize", "_dequantize_keys"} <= {
         name for name, _ in needed
     }
     assert needed <= found, sorted(name for name, _ in needed - found)
