@@ -23,7 +23,6 @@ from kvquant.kernels import (
     run_argument,
 )
 from kvquant.methods import method_class
-from kvquant.not_finite import flag_not_finite
 from kvquant.packed_kv import PackedKV
 from kvquant.ragged import RaggedStep, cumulative_lengths, lengths_from_cu_seqlens
 from kvquant.sinks import sinks_of_layer
@@ -231,8 +230,7 @@ class BatchedKVQuantizer:
                 (keys, store.keys, ERROR_KEY_NOT_FINITE),
                 (values, store.values, ERROR_VALUE_NOT_FINITE),
             ):
-                kernels.write_exact(x, side, *slots)
-                flag_not_finite(x, kind, store.error)
+                kernels.write_exact(x, side, *slots, kind, store.error)
             return
         skip = self.write_sinks(keys, values, store, step)
         args = (self.constants, *slots, skip, store.error)

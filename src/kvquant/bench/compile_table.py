@@ -34,7 +34,7 @@ from kvquant.bench.shapes import SHAPES, LayerShape
 from kvquant.bench.stored import rope_tables
 from kvquant.block_layout import BlockLayout
 from kvquant.block_pool import BlockPool
-from kvquant.kernels import StoredLayer
+from kvquant.kernels import ERROR_KEY_NOT_FINITE, StoredLayer
 from kvquant.prefill_quant import blocks_per_tile
 from kvquant.ragged import RaggedStep
 from kvquant.spec import QuantSpec
@@ -159,7 +159,7 @@ class Layer:
         step = self.pool.reserve([self.row], [200])
         x = self.tokens[:200].bfloat16()
         constants = (self.quantizer.constants,) if self.bits else ()
-        after = (None, self.store.error) if self.bits else ()
+        after = (None if self.bits else ERROR_KEY_NOT_FINITE, self.store.error)
         runs = {"runs": step.runs} if self.bits else {}
         write(x, store, *constants, step.slot_block, step.slot_offset, *after, **self.bits, **runs)
 

@@ -36,6 +36,7 @@ from kvquant.kernels import (
     ValueStore,
 )
 from kvquant.kernels.outlier_append import append_key_outliers
+from kvquant.not_finite import flag_not_finite
 from kvquant.one_thread import one_thread
 from kvquant.packing import pack, plane_widths
 
@@ -45,7 +46,9 @@ _MOST_COUNTED_BITS = 5
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
 
 
-def write_exact(x: Tensor, store: ExactStore, slot_block: Tensor, slot_offset: Tensor) -> None:
+def write_exact(
+    x: Tensor, store: ExactStore, slot_block: Tensor, slot_offset: Tensor, kind: int, error: Tensor
+) -> None:
     """Store keys or values as they are.
 
     Args:
@@ -53,8 +56,11 @@ def write_exact(x: Tensor, store: ExactStore, slot_block: Tensor, slot_offset: T
         store: the layer's side of the pool.
         slot_block: block of each token, int64 [T].
         slot_offset: slot within the block, int64 [T].
+        kind: what the error word shall say of NaN and infinity, ``ERROR_KEY_NOT_FINITE`` or ``ERROR_VALUE_NOT_FINITE``.
+        error: the pool's error word, int64 [2].
     """
     store.data[slot_block, :, slot_offset] = x.to(store.data.dtype)
+    flag_not_finite(x, kind, error)
 
 
 @one_thread()

@@ -25,10 +25,15 @@ from kvquant.packing import pack, unpack
 from kvquant.ragged import RaggedStep, cumulative_lengths
 
 
-def write_exact(x: Tensor, store: ExactStore, slot_block: Tensor, slot_offset: Tensor) -> None:
-    """Store keys or values [T, H, D] as they are."""
+def write_exact(
+    x: Tensor, store: ExactStore, slot_block: Tensor, slot_offset: Tensor, kind: int, error: Tensor
+) -> None:
+    """Store keys or values [T, H, D] as they are; ``kind`` goes into the error word if one is not finite."""
     for t, (block, slot) in enumerate(zip(slot_block.tolist(), slot_offset.tolist(), strict=True)):
         store.data[block, :, slot] = x[t].to(store.data.dtype)
+    bad = (~x.flatten(1).isfinite().all(0)).nonzero()
+    if len(bad) and not error[0]:
+        error.copy_(torch.tensor([kind, int(bad[0])]))
 
 
 def write_keys(

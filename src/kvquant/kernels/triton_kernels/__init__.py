@@ -1,15 +1,16 @@
 """The GPU default: Triton kernels that write blocks, dequantize them, and attend straight to packed or exact ones.
 
-What has no kernel of its own is the vectorised PyTorch form, on the GPU as well: copying exact blocks, and putting full
+What has no kernel of its own is the vectorised PyTorch form, on the GPU as well: reading exact blocks, and putting full
 blocks in order.
 """
 
 from __future__ import annotations
 
 from kvquant.kernels.fused_read import read_exact
-from kvquant.kernels.fused_write import close_values, write_exact
+from kvquant.kernels.fused_write import close_values
 from kvquant.kernels.triton_kernels.attention import attend
 from kvquant.kernels.triton_kernels.dequantize import read_keys, read_values
+from kvquant.kernels.triton_kernels.write_exact import write_exact
 from kvquant.kernels.triton_kernels.write_keys import write_keys
 from kvquant.kernels.triton_kernels.write_values import write_values
 

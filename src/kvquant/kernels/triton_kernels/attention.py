@@ -15,7 +15,7 @@ from kvquant.kernels.triton_kernels import decode, merge, prepare, scratch
 from kvquant.kernels.triton_kernels.exact_decode import attend_exact_decode, exact_refusal
 from kvquant.kernels.triton_kernels.lookup import INTERPRET
 from kvquant.kernels.triton_kernels.prefill import attend_prefill, prefill_refusal
-from kvquant.kernels.triton_kernels.shares import empty_shares, programs_for
+from kvquant.kernels.triton_kernels.shares import empty_shares, padded, programs_for
 from kvquant.packing import packed_row_bytes, plane_widths
 from kvquant.ragged import RaggedStep
 
@@ -265,7 +265,7 @@ def _prepare(
         BH, H, blocks_per_tile * block_size // rows, float(factor), programs, window or 0, sink_tokens,
         G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,
         CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, BS=block_size,
-        SEQUENCES=triton.next_power_of_2(B), HAS_WINDOW=window is not None, num_warps=4,
+        SEQUENCES=padded(B), HAS_WINDOW=window is not None, num_warps=4,
     )  # fmt: skip
     return (*prepared, shares), parts
 

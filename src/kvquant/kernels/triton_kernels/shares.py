@@ -98,9 +98,14 @@ def share_blocks(
     shares, parts = empty_shares(sequences, programs, kv_lengths.device)
     _shares_kernel[(sequences,)](
         kv_lengths, shares, parts, sequences, programs, window or 0, sink_tokens,
-        BS=block_size, SEQUENCES=triton.next_power_of_2(sequences), HAS_WINDOW=window is not None, num_warps=1,
+        BS=block_size, SEQUENCES=padded(sequences), HAS_WINDOW=window is not None, num_warps=1,
     )  # fmt: skip
     return shares, parts
+
+
+def padded(sequences: int) -> int:
+    """Lengths that a program looks at at once; the same for most batches, so that these share a compiled kernel."""
+    return max(64, triton.next_power_of_2(sequences))
 
 
 def programs_for(sequences: int, heads: int, columns: int, resident: int, device: torch.device) -> int:
