@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvquant.energy.fleet import FleetLoad, assumptions_text, fleet_bill, is_valid, phase_name
+from kvquant.energy.fleet import (
+    DECODE,
+    PREFILL,
+    FleetLoad,
+    assumptions_text,
+    fleet_bill,
+    is_valid,
+    phase_name,
+)
 from kvquant.energy.windows import CarbonIntensity
 from kvquant.report.collect import Run
 from kvquant.report.series import blocks
@@ -36,18 +44,35 @@ def energy_tables(runs: Sequence[Run]) -> list[ReportTable]:
         systematic = {run.metric("meter.systematic_percent") for run in members} - {None}
         note = f"; systematic +-{max(systematic):g}% beside every interval" if systematic else ""  # type: ignore[type-var]
         out.append(ReportTable(f"{table_title(origin)}{note}", origin, list(COLUMNS), rows))
-        out += _fleet(origin, members)
-    return out
+    return [*out, *fleet_tables(runs)]
 
 
 def fleet_tables(runs: Sequence[Run]) -> list[ReportTable]:
-    """Return what a fleet would take a day, per group of runs that may be compared; a group with one phase has none.
+    """Return what a fleet would take a day, per model, device, grid and idea of the fleet; with one phase alone, nothing.
+
+    Both phases are of the same code where that was measured; otherwise each is of the code that measured it last, and
+    the title names both.
 
     Args:
         runs: those that ended well, of any task.
     """
-    groups = blocks([run for run in runs if run.result["task"] == TASK])
-    return [table for origin, members in groups for table in _fleet(origin, members)]
+    places: dict[tuple[Any, ...], list[tuple[dict[str, str], list[Run]]]] = {}
+    for origin, members in blocks([run for run in runs if run.result["task"] == TASK]):
+        where = tuple(text for name, text in origin.items() if name != "code")
+        by_load: dict[tuple[Any, ...], list[Run]] = {}
+        for run in members:
+            by_load.setdefault((*where, _grid(run), *map(repr, _asked(run))), []).append(run)
+        for key, found in by_load.items():
+            places.setdefault(key, []).append((origin, found))
+    out: list[ReportTable] = []
+    for groups in places.values():
+        same_code = [
+            table
+            for origin, found in groups
+            for table in _bill(origin, found[0], [point for run in found for point in _points(run)])
+        ]
+        out += same_code or _fleet_of_two_codes(groups)
+    return out
 
 
 def _points(run: Run) -> list[dict[str, Any]]:
@@ -89,38 +114,66 @@ def _rows(run: Run, point: dict[str, Any]) -> list[list[Cell]]:
     return rows
 
 
-def _fleet(origin: dict[str, str], runs: Sequence[Run]) -> list[ReportTable]:
-    """A bill from all runs that share a grid and an idea of the fleet: one may have prefill and another decoding."""
-    groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
-        keys = ("fleet_requests_per_day", "fleet_levels", "fleet_context_tokens", "fleet_generated_tokens")
-        asked = tuple(repr(run.config(f"task.{key}")) for key in keys)
-        groups.setdefault((_grid(run), *asked), []).append(run)
-    out = []
-    for members in groups.values():
-        one = members[0]
-        load = FleetLoad(
-            one.config("task.fleet_requests_per_day"),
-            one.config("task.fleet_levels"),
-            one.config("task.fleet_context_tokens"),
-            one.config("task.fleet_generated_tokens"),
-        )
-        bill = fleet_bill([point for run in members for point in _points(run)], load, _grid(one))
-        if not bill["rows"]:
-            continue
-        rows = [
-            [
-                Cell(str(row["batch"])),
-                Cell(row["variant"]),
-                Cell(f"{row['j_per_request']:.4g}", one),
-                Cell(f"{row['kwh_per_day']:.4g}", one),
-                Cell(f"{row['kgco2e_per_day']:.4g}", one),
+def _asked(run: Run) -> tuple[Any, ...]:
+    """What the fleet of a run is asked for, in the order of `FleetLoad`."""
+    keys = ("fleet_requests_per_day", "fleet_levels", "fleet_context_tokens", "fleet_generated_tokens")
+    return tuple(run.config(f"task.{key}") for key in keys)
+
+
+def _fleet_of_two_codes(groups: Sequence[tuple[dict[str, str], list[Run]]]) -> list[ReportTable]:
+    """A bill from each phase's points by the code that measured it last; the title says which code that was."""
+    latest: dict[str, tuple[str, dict[str, str], list[Run]]] = {}
+    for origin, runs in groups:
+        for phase in (PREFILL, DECODE):
+            started = [
+                str(run.result.get("started_at"))
+                for run in runs
+                if any(p["phase"] == phase for p in _points(run))
             ]
-            for row in bill["rows"]
+            if started and (phase not in latest or max(started) > latest[phase][0]):
+                latest[phase] = (max(started), origin, runs)
+    if len(latest) < 2:
+        return []
+    points = [
+        p
+        for phase, (_, _, runs) in latest.items()
+        for run in runs
+        for p in _points(run)
+        if p["phase"] == phase
+    ]
+    code = ", ".join(
+        f"{phase} of code {origin['code']}" for phase, (_, origin, _) in sorted(latest.items(), reverse=True)
+    )
+    _, origin, (one, *_) = latest[DECODE]
+    return _bill({**origin, "code": code}, one, points, f"; not one code: {code}")
+
+
+def _bill(
+    origin: dict[str, str], one: Run, points: Sequence[dict[str, Any]], also_assumed: str = ""
+) -> list[ReportTable]:
+    """The bill as a table, or none where no method has both phases.
+
+    Args:
+        origin: what its runs have in common.
+        one: of them, whose grid and idea of the fleet count.
+        points: of both phases.
+        also_assumed: what the title says after the bill's own assumptions.
+    """
+    bill = fleet_bill(points, FleetLoad(*_asked(one)), _grid(one))
+    if not bill["rows"]:
+        return []
+    rows = [
+        [
+            Cell(str(row["batch"])),
+            Cell(row["variant"]),
+            Cell(f"{row['j_per_request']:.4g}", one),
+            Cell(f"{row['kwh_per_day']:.4g}", one),
+            Cell(f"{row['kgco2e_per_day']:.4g}", one),
         ]
-        title = f"what if a fleet: {assumptions_text(bill['assumptions'])}"
-        out.append(ReportTable(title, origin, list(FLEET_COLUMNS), rows))
-    return out
+        for row in bill["rows"]
+    ]
+    title = f"what if a fleet: {assumptions_text(bill['assumptions'])}{also_assumed}"
+    return [ReportTable(title, origin, list(FLEET_COLUMNS), rows)]
 
 
 def draw_energy_figures(runs: Sequence[Run], folder: Path) -> list[tuple[str, list[Path]]]:
