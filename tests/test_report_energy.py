@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvquant.report.collect import Collection, Run
-from kvquant.report.energy import draw_energy_figures, energy_tables
+from kvquant.report.energy import draw_energy_figures, energy_tables, fleet_tables
 from kvquant.report.page import write_page
 from kvquant.report.readme_energy import energy_parts
 from kvquant.report.tables import latex, markdown
@@ -114,6 +114,38 @@ def test_a_fleets_bill_takes_phases_from_several_runs_and_says_what_it_assumes()
     )
 
 
+def test_a_fleets_phases_are_of_one_code_where_they_can_be_and_else_both_are_named() -> None:
+    old, new = "a" * 40, "b" * 40
+
+    def run(phase: str, joules: float, sha: str, started: str, **where: Any) -> Run:
+        found = energy_run(f"{phase}-{started}", phase, joules)
+        found.result["provenance"] |= {"git_sha": sha, **where}
+        found.result["started_at"] = started
+        return found
+
+    prefill, decode = run("prefill", 0.02, old, "1"), run("decode", 2.0, old, "2")
+    newer, newest = run("decode", 4.0, new, "3"), run("prefill", 0.04, new, "4")
+
+    def j_per_request(table: Any) -> float:
+        return float(column(table, "J/request")[column(table, "batch").index("8")])
+
+    # One code: the newer decode has no prefill of its own code beside it.
+    (bill,) = fleet_tables([newer, prefill, decode])
+    assert j_per_request(bill) == pytest.approx(52.5) and "of code" not in bill.title
+    assert bill.origin["code"] == old[:8]
+    # Two codes alone: both are named, with each phase from its own.
+    (bill,) = fleet_tables([newer, prefill])
+    assert j_per_request(bill) == pytest.approx(1000 * 0.0025 + 200 * 0.5)
+    assert bill.title.endswith("; not one code: prefill of code aaaaaaaa, decode of code bbbbbbbb")
+    # Of several codes that measured a phase, the last counts.
+    (bill,) = fleet_tables([run("decode", 8.0, "c" * 40, "2"), newer, prefill])
+    assert "decode of code bbbbbbbb" in bill.title
+    assert len(fleet_tables([prefill, decode, newer, newest])) == 2
+    # Another device or model is never joined.
+    assert fleet_tables([prefill, run("decode", 2.0, new, "5", device="A100")]) == []
+    assert fleet_tables([prefill, run("decode", 2.0, new, "5", model_hash="e" * 64)]) == []
+
+
 def kept_energy() -> dict[str, Any]:
     names = ("energy_h100_decode", "energy_h200_decode", "energy_h200_prefill")
     return {name: json.loads((PAPER / "data" / f"{name}.json").read_text()) for name in names}
@@ -128,23 +160,30 @@ def parts_of(kept: dict[str, Any], paper: Path = PAPER) -> list[str]:
 def test_readme_says_joules_by_batch_and_what_speaks_for_the_meter(tmp_path: Path) -> None:
     kept = kept_energy()
     said, table, lines = parts_of(kept)
+    assert "`energy_h200_prefill` of code 4734a7ef5e and" in said
     assert "a card for each run" in said and "+-5% systematic" in said
     assert [row.split(" | ")[0].split(",")[0] for row in table.splitlines()[1:]] == (
-        ["decode (CUDA graph)"] * 3 + ["prefill"]
+        ["decode (CUDA graph)"] * 2 + ["prefill"]
     )
     for text in (
         "kWh (4 bits)",
         "Matrix products on an NVIDIA H100",
         "% [0.15, 0.24]",
-        "a fixed cost of our exact",
+        "2.77 and 2.82 ms at 32 sequences, at 464 and 408 W",
+        "what is saved is power",
+        "prefill of code 4734a7ef, decode of code 6de4e8ad",
     ):
         assert text in lines
     # The latest run counts, one phase makes no bill, and nothing is said of what was not measured.
     kept.pop("energy_h200_prefill")
     kept["energy_h200_decode"]["metrics"]["points"][0]["variants"]["nuq3"]["faults"] = ["it slowed down"]
     said, table, lines = parts_of(kept, tmp_path)
-    assert "a card for each run" not in said and "not valid" in table
+    assert "a card for each run" not in said and "of code" not in said and "not valid" in table
     assert "kWh" not in lines and "readings cost" not in lines
+    # Shorter steps are no saving of power alone.
+    for cell in (p["variants"]["nuq4"] for p in kept["energy_h200_decode"]["metrics"]["points"]):
+        cell["s_per_token"] = [0.5 * s for s in cell["s_per_token"]]
+    assert "what is saved is power" not in parts_of(kept, tmp_path)[2]
     assert parts_of({}) == []
 
 

@@ -45,9 +45,11 @@ def energy_parts(kept: Mapping[str, Result], paper: Path, as_table: AsTable) -> 
     points.sort(key=lambda point: (phase_name(point), point["batch"], point["prompt_tokens"]))
     one = shown[0]
     model, meter = one.result["metrics"]["model"], one.result["metrics"]["meter"]
+    sha = {run.file: (run.result["provenance"].get("git_sha") or "no git")[:10] for run in shown}
+    codes = {file: f" of code {text}" if len(set(sha.values())) > 1 else "" for file, text in sha.items()}
     cards = len({run.result["metrics"]["meter"].get("uuid") for run in shown})
     said = (
-        f"Joules per token ({' and '.join(f'`{run.file.stem}`' for run in shown)} in [paper/results.md](paper/results.md); "
+        f"Joules per token ({' and '.join(f'`{run.file.stem}`{codes[run.file]}' for run in shown)} in [paper/results.md](paper/results.md); "
         f"{one.result['provenance']['device']}{', a card for each run' if cards > 1 else ''}): {model['num_layers']} layers of {model['num_query_heads']} query and "
         f"{model['num_kv_heads']} KV heads of {model['head_dim']}, random weights, {model['parameters'] / 1e9:.2f} billion of "
         "them. In brackets the ratio to the exact cache, with its 95% interval, and the ratio above idle power."
@@ -80,22 +82,30 @@ def _cell(point: dict[str, Any], label: str) -> str:
 
 
 def _step_ms(point: dict[str, Any], label: str) -> float | None:
-    took = point["variants"].get(label, {}).get("s_per_token")
+    cell = point["variants"].get(label, {})
+    took = cell.get("s_per_token") if is_valid(cell) else None
     return 1e3 * point["batch"] * sum(took) / len(took) if took else None
 
 
 def _said_of_steps(points: Sequence[dict[str, Any]]) -> list[str]:
-    """How long steps took: what does not grow with the batch is not what a smaller cache saves."""
-    took = [(p["batch"], _step_ms(p, "none"), _step_ms(p, "nuq4")) for p in points if p["phase"] == "decode"]
-    told = [f"{a:.2f} and {b:.2f} ms at {batch}" for batch, a, b in took if a is not None and b is not None]
+    """How long steps took and at which power: whether joules fall with the time or with the watts."""
+    told, slower = [], []
+    for point in points:
+        exact_ms, four_ms = _step_ms(point, "none"), _step_ms(point, "nuq4")
+        if point["phase"] != "decode" or exact_ms is None or four_ms is None:
+            continue
+        exact_w, four_w = (point["variants"][label]["power_w"] for label in ("none", "nuq4"))
+        told.append(
+            f"{exact_ms:.2f} and {four_ms:.2f} ms at {point['batch']} sequences, at {exact_w:.0f} and {four_w:.0f} W"
+        )
+        slower.append((four_ms / exact_ms - 1, four_w < exact_w))
     if not told:
         return []
-    line = f"A decoding step takes, with the exact cache and at 4 bits, {', '.join(told)} sequences."
-    saved = [a - b for _, a, b in took if a is not None and b is not None]
-    if len(saved) > 1 and saved[0] > saved[-1] / 2 > 0:
+    line = f"A decoding step takes, with the exact cache and at 4 bits, {'; '.join(told)}."
+    if all(share >= 0 and less for share, less in slower):
         line += (
-            " Most of the difference is there at the smallest batch already, whose cache is small beside the weights: a fixed "
-            "cost of our exact blocks, not of their bytes. Ratios above idle have less of it, and show what grows with the batch."
+            f" Steps at 4 bits are no shorter (at most {100 * max(share for share, _ in slower):.1f}% longer): what is saved is "
+            "power, as of bytes that are not moved, and no time."
         )
     return [line]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -243,6 +244,8 @@ def _energy() -> Iterator[Macro]:
         for name, key, spec in (("Batch", "batch", "d"), ("Tokens", "prompt_tokens", ",d")):
             yield Macro(f"{prefix}{name}", source, (*point, key), spec)
         yield Macro(f"{prefix}Device", source, ("provenance", "device"))
+        commit = ("provenance", "git_sha")
+        yield Macro(f"{prefix}Code", source, commit, "", 1.0, False, _short, "first ten characters")
         yield Macro(f"{prefix}Layers", source, ("metrics", "model", "num_layers"), "d")
         yield Macro(f"{prefix}Windows", source, ("config", "task", "windows"), "d")
         yield Macro(f"{prefix}WindowSeconds", source, ("config", "task", "window_s"), ".0f")
@@ -254,12 +257,15 @@ def _energy() -> Iterator[Macro]:
         yield Macro(f"{prefix}LargestCv", source, cv, ".1f", 1.0, False, _largest_cv, most)
     how = "whether steps were captured"
     yield Macro("EnergyDecodeSteps", "energydecode", ("config", "task"), "d", 1.0, False, _launched, how)
-    for word, batch in (("Alone", 1), ("Eight", 8)):
-        yield from _energy_ratios(f"EnergyDecode{word}", "energydecode", _energy_point("decode", batch))
-    for word, batch in (("Alone", 1), ("", ENERGY_BATCH["decode"])):
-        saved, point = "seconds of a step, exact less four bits", _energy_point("decode", batch)
-        name = f"EnergyDecode{word}StepSaved"
-        yield Macro(name, "energydecode", point, ".2f", 1e3, False, _step_saved_s, saved)
+    eight = _energy_point("decode", 8)
+    yield from _energy_ratios("EnergyDecodeEight", "energydecode", eight)
+    for name, label in (("Exact", "none"), ("NuqThree", "nuq3")):
+        watts = (*eight, "variants", label, "power_w")
+        yield Macro(f"EnergyDecodeEight{name}Watts", "energydecode", watts, ".0f")
+    for word, point in (("", _energy_point("decode", ENERGY_BATCH["decode"])), ("Eight", eight)):
+        for name, label in (("Exact", "none"), *((f"Nuq{WORDS[b]}", f"nuq{b}") for b in (2, 3, 4))):
+            step, how = functools.partial(_step_s, label=label), f"seconds of a step, {label}"
+            yield Macro(f"EnergyDecode{word}{name}Step", "energydecode", point, ".2f", 1e3, False, step, how)
     yield Macro("EnergySystematic", "energydecode", ("metrics", "meter", "systematic_percent"), ".0f")
     yield Macro("EnergyLoadDevice", "energyload", ("provenance", "device"))
     for name, key, spec in (("Intercept", "intercept", ".0f"), ("Slope", "slope", ".3f")):
@@ -291,13 +297,14 @@ def _largest_cv(points: list[dict[str, Any]]) -> float | None:
     )
 
 
-def _step_saved_s(point: dict[str, Any]) -> float | None:
-    """By how much a decoding step with the exact cache takes longer than one at four bits."""
-    cells = [point["variants"].get(label, {}) for label in ("none", "nuq4")]
-    if not all("s_per_token" in cell for cell in cells):
-        return None
-    exact_s, quantized_s = (statistics.mean(cell["s_per_token"]) for cell in cells)
-    return float(point["batch"] * (exact_s - quantized_s))
+def _step_s(point: dict[str, Any], label: str) -> float | None:
+    """How long a decoding step of all sequences takes."""
+    took = point["variants"].get(label, {}).get("s_per_token")
+    return float(point["batch"] * statistics.mean(took)) if took else None
+
+
+def _short(sha: str) -> str:
+    return sha[:10]
 
 
 def _launched(task: dict[str, Any]) -> str:
