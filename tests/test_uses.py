@@ -267,10 +267,12 @@ class _Stored:
         """Assert that a sequence was stored as in another cache; ``stock`` are its logits without quantizing."""
         moved = (self.codes(place) != other.codes(its_place)).float().mean()
         difference = self.logits[place] - other.logits[its_place]
-        if moved == 0:
-            assert (
-                difference.abs().max() <= 5e-4
-            )  # ranges and outliers are rounded to 16 bits, this way or that
+        # A layer with a window has given blocks back, and their codes, with those that moved, are gone.
+        row = self.cache.rows[place]
+        is_all_held = all(pool.tokens_held(row) == pool.length(row) for pool in self.cache.pools)
+        if moved == 0 and is_all_held:
+            # Ranges and outliers are rounded to 16 bits, this way or that.
+            assert difference.abs().max() <= 5e-4
         else:
             quantizing = self.logits[place] - stock
             assert moved < 0.01 and difference.norm() < 0.05 * quantizing.norm()
