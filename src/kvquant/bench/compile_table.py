@@ -55,12 +55,14 @@ class Case:
     bits: int
     fraction: float = 0.01
     method: str = "nuq"
+    value_groups: int = 1
 
     @property
     def label(self) -> str:
         """As the table names it."""
         stored = "exact" if self.method == "none" else f"{self.bits} bits, {self.fraction:.0%}"
-        return f"{self.shape}, {stored}"
+        groups = f", {self.value_groups} groups" if self.value_groups > 1 else ""
+        return f"{self.shape}, {stored}{groups}"
 
 
 def cases() -> list[Case]:
@@ -74,10 +76,14 @@ def cases() -> list[Case]:
         for operation in ("write_keys", "write_values", "close_values", "dequantize", "prefill")
         for bits in widths
     ]
+    # What the kernels of pairs of channels are not for.
+    wide = [Case(operation, "llama31_8b", 8) for operation in ("write_keys", "write_values")]
+    odd = [Case(operation, "phi3_mini", 3) for operation in ("write_keys", "write_values")]
+    split = [Case("write_values", "llama31_8b", 3, value_groups=16)]  # of half a head each
     exact = [
         Case(operation, "llama31_8b", 16, method="none") for operation in ("decode", "write_exact", "prefill")
     ]
-    return [*grouped, *single, *plain, *rest, *exact]
+    return [*grouped, *single, *plain, *rest, *wide, *odd, *split, *exact]
 
 
 class _NoGpu:
@@ -135,7 +141,9 @@ class Layer:
             self.quantizer = BatchedKVQuantizer.exact(H, D)
         else:
             # The codebook's values do not matter, and evenly spaced ones need no fitting.
-            spec = QuantSpec(case.bits, method="uniform", outlier_fraction=case.fraction)
+            spec = QuantSpec(
+                case.bits, method="uniform", outlier_fraction=case.fraction, value_groups=case.value_groups
+            )
             method = importlib.import_module("kvquant.methods.uniform").Method
             self.quantizer = method.calibrate(spec, self.tokens, self.tokens)
         layout = BlockLayout(self.quantizer.spec, 1, H, D, torch.bfloat16, BLOCK_SIZE)

@@ -35,6 +35,7 @@ SHAPES = {
     "llama2_7b": LayerShape(32, 32, 128, 4096, 11008, 10_000.0),
     "llama31_8b": LayerShape(32, 8, 128, 4096, 14336, 500_000.0),
     "qwen3_8b": LayerShape(32, 8, 128, 4096, 12288, 1_000_000.0),
+    "phi3_mini": LayerShape(32, 32, 96, 3072, 8192, 10_000.0),
     # For tests and for looking at a change in seconds; nobody's model.
     "small": LayerShape(4, 2, 64, 256, 512, 10_000.0),
 }

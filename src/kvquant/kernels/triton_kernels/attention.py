@@ -188,8 +188,8 @@ def attend_decode(
     VW = _plane_bytes(D, layer.value_bits)
     outliers = keys.outlier_index.shape[-1] > 0 or values.outlier_index.shape[-1] > 0
     matrix = scratch.matrix_bytes(D, block_size, prepared[0].shape[1], GP) if outliers else 0
-    # On a GPU each program has its own, in shared memory.
-    memory = torch.zeros(scratch.TABLES + matrix, dtype=torch.uint8) if INTERPRET else prepared[-1]
+    # On a GPU each program has its own, in shared memory, and this is not looked at.
+    memory = torch.zeros(scratch.TABLES + matrix, dtype=torch.uint8) if INTERPRET else best
     decode._decode_kernel[(H, programs)](
         *prepared, memory, *((constants.key_zero,) * 2 if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
         keys.codes, keys.outlier_count, keys.outlier_index, keys.outlier_value,

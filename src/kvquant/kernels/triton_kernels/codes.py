@@ -85,8 +85,8 @@ def count_codes(x, b, zero, scale, midpoints, BITS: tl.constexpr):
     else:
         code = tl.zeros(x.shape, tl.int32)
         for level in tl.static_range(BITS):
-            HALF: tl.constexpr = 1 << (BITS - 1 - level)
-            code += tl.where(x > scale * tl.load(midpoints + (code + (HALF - 1))) + zero, HALF, 0)
+            half = 1 << (BITS - 1 - level)
+            code += tl.where(x > scale * tl.load(midpoints + (code + (half - 1))) + zero, half, 0)
         return code
 
 
@@ -105,12 +105,6 @@ def mask_of_eight(flags, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def lowest_bit(mask):
-    """Number of the lowest bit set in each positive number below 2**24."""
-    return ((mask & -mask).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-
-
-@triton.jit
 def number_of_bit(mask):
     """Number of the only bit set, or of the highest of few: the exponent of the mask as a number."""
     return (mask.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
@@ -126,7 +120,7 @@ def bits_of_bytes(mask):
 
 @triton.jit
 def sum_of_bytes(count):
-    """The sum of a word's bytes, below 256."""
+    """The sum of a word's bytes, below 128."""
     return (count * 0x01010101) >> 24
 
 

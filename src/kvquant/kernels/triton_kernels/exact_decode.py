@@ -18,7 +18,7 @@ from kvquant.kernels import ExactStore, Rope, StoredLayer
 from kvquant.kernels.triton_kernels import decode, merge
 from kvquant.kernels.triton_kernels.shares import programs_for, share_blocks
 
-# Programs for each multiprocessor: it holds four at once, twice over.
+# Programs of a round for each multiprocessor: it holds four at once, twice over.
 _RESIDENT = 8
 # For 8192 numbers of a block and head; what is prefetched must leave room in shared memory.
 _WARPS, _STAGES, _PREFETCH_BYTES = 4, 3, 64 << 10

@@ -28,6 +28,7 @@ from kvquant.kernels.triton_kernels.pairs import (
     floor_bits,
     high_and_low,
     spoilt,
+    weight_in_half,
 )
 
 _KEY_NOT_FINITE = tl.constexpr(ERROR_KEY_NOT_FINITE)
@@ -92,13 +93,6 @@ def _boundaries_of(limits, k: tl.constexpr, PAIRS: tl.constexpr, BITS: tl.conste
 
 
 @triton.jit
-def _weight(u: tl.constexpr, p: tl.constexpr):
-    """Bits of pair p of subfield u in half a mark, the second channel's in the upper half."""
-    WEIGHT: tl.constexpr = (1 << (8 * (u % 2) + 2 * p)) | (1 << (16 + 8 * (u % 2) + 2 * p + 1))
-    return tl.constexpr(WEIGHT - (1 << 32) if WEIGHT >= 1 << 31 else WEIGHT)
-
-
-@triton.jit
 def _store_marks(
     halves,
     marks,
@@ -126,7 +120,7 @@ def _store_marks(
 
 
 @triton.jit
-def _codes_and_marks(
+def _codes_and_marks_of_pairs(
     keys,
     limits,
     skip,
@@ -220,7 +214,7 @@ def _without_outliers(x, bounds, S: tl.constexpr, V: tl.constexpr, LEVELS: tl.co
                 bounds[LEVELS * PAIRS + u * V // 2 + p],
             )
             out = above(pair, upper, BF16) | above(pair ^ -0x7FFF8000, lower, BF16)
-            half = half | (out & _weight(u, p))
+            half = half | (out & weight_in_half(u, p))
             total += out
             kept = kept + (pair | out,)
         if u % 2 == 1 or u == S - 1:
@@ -354,7 +348,7 @@ def codes_and_marks(
         enable_fp_fusion=False,
     )
     lanes = D // _THREAD
-    _codes_and_marks[(len(runs), H)](
+    _codes_and_marks_of_pairs[(len(runs), H)](
         keys,
         limits,
         skip_bytes,

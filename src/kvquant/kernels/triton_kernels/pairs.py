@@ -256,3 +256,10 @@ def high_and_low(x, t, BF16: tl.constexpr):
     high = above(x, t[3], BF16)
     t = _half_of(high, t, 2)
     return high, code_of_pair(x, t, 2, BF16)
+
+
+@triton.jit
+def weight_in_half(n: tl.constexpr, p: tl.constexpr):
+    """The bits of pair p of the n-th eight channels in half a mark of sixteen, the second channel's in the upper half."""
+    WEIGHT: tl.constexpr = (1 << (8 * (n % 2) + 2 * p)) | (1 << (16 + 8 * (n % 2) + 2 * p + 1))
+    return tl.constexpr(WEIGHT - (1 << 32) if WEIGHT >= 1 << 31 else WEIGHT)

@@ -1,4 +1,5 @@
-"""What the decode kernel needs of a call that depends on neither block nor token, in one launch before it.
+"""What the decode kernel needs of a call that depends on neither block nor token, and who takes which blocks (shares.py), in
+one launch before it.
 
 The decode kernel's threads read their queries, ranges and angles as words of two fp16 numbers, laid out here in the
 order in which they want them: a unit n is (word c of a lane's share of the row, half of that word's fields), lane r of

@@ -111,7 +111,7 @@ def padded(sequences: int) -> int:
 def programs_for(sequences: int, heads: int, columns: int, resident: int, device: torch.device) -> int:
     """Programs for each KV head of a call over ``sequences`` of up to ``columns`` blocks.
 
-    Of ``resident`` programs on each multiprocessor a whole number of rounds, or just below it: 1.03 rounds take the
+    Of ``resident`` programs for each multiprocessor a whole number of rounds, or just below it: 1.03 rounds take the
     time of two (measured), so that of the first few numbers of rounds the smallest is chosen that sequences of one
     length nearly fill.
     """

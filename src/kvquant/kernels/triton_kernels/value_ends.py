@@ -31,6 +31,7 @@ from kvquant.kernels.triton_kernels.pairs import (
     smaller,
     top_bits,
     twice,
+    weight_in_half,
 )
 
 _SIGNS = tl.constexpr(-0x7FFF8000)  # the sign bits of a pair
@@ -76,13 +77,6 @@ def _bounds(groups, N: tl.constexpr, LANES: tl.constexpr, REPS: tl.constexpr, BF
 
 
 @triton.jit
-def _weight(r: tl.constexpr, p: tl.constexpr):
-    """The bits of pair p of repetition r in half a thread's mask, the second channel's in the upper half."""
-    WEIGHT: tl.constexpr = (1 << (8 * (r % 2) + 2 * p)) | (1 << (16 + 8 * (r % 2) + 2 * p + 1))
-    return tl.constexpr(WEIGHT - (1 << 32) if WEIGHT >= 1 << 31 else WEIGHT)
-
-
-@triton.jit
 def _mask(halves, REPS: tl.constexpr):
     mask = (halves[0] | (halves[0] >> 16)) & 0xFFFF
     if REPS > 2:
@@ -101,7 +95,7 @@ def _beyond(x, high, low, REPS: tl.constexpr, BF16: tl.constexpr):
         for p in tl.static_range(4):
             pair = x[4 * r + p]
             out = reaches(pair, high, BF16) | reaches(low, pair, BF16)
-            mask = mask | (out & _weight(r, p))
+            mask = mask | (out & weight_in_half(r, p))
             # NaN is neither the larger nor the smaller of two.
             most, least = larger(most, pair | out, BF16), smaller(least, pair | out, BF16)
         if r % 2 == 1 or r == REPS - 1:
@@ -118,7 +112,7 @@ def _equal(x, number, REPS: tl.constexpr, BF16: tl.constexpr):
             mask = zero
         for p in tl.static_range(4):
             pair = x[4 * r + p]
-            mask = mask | (reaches(pair, number, BF16) & reaches(number, pair, BF16) & _weight(r, p))
+            mask = mask | (reaches(pair, number, BF16) & reaches(number, pair, BF16) & weight_in_half(r, p))
         if r % 2 == 1 or r == REPS - 1:
             halves = halves + (mask,)
     return _mask(halves, REPS)

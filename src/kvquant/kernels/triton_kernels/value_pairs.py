@@ -89,7 +89,7 @@ def _report(values, error, base, range_bad, CHANNELS: tl.constexpr, TOTAL: tl.co
 
 
 @triton.jit
-def _quantize(
+def _quantize_values(
     values,
     skip,
     slot_block,
@@ -250,7 +250,7 @@ def write(
     VG, BS = store.zero.shape[-1], store.zero.shape[-2]
     channels = H * D // VG
     lanes = _lanes(channels)
-    _quantize[(T, VG)](
+    _quantize_values[(T, VG)](
         values,
         skip_bytes,
         *slots,

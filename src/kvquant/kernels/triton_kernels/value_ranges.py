@@ -18,8 +18,8 @@ from kvquant.kernels.triton_kernels.codes import (
     boundaries,
     count_codes,
     is_finite,
-    lowest_bit,
     mask_of_eight,
+    number_of_bit,
     report,
     store_rows,
 )
@@ -207,7 +207,7 @@ def ranges_and_outliers(
         left, k = packed & 255, tl.cumsum(count, 0) - count
         c8 = tl.arange(0, P // 8) * 8
         for _one in range(tl.max(count, 0)):
-            channel, _there = _channel(c8 + lowest_bit(left), HEADS, D, U, UP)
+            channel, _there = _channel(c8 + number_of_bit(left & -left), HEADS, D, U, UP)
             # NaN has no place in the order; it must not leave the row
             chosen = (left > 0) & (k < 2 * N)
             one = tl.load(values + (token * VG + group) * CHANNELS + channel, mask=chosen, other=0.0)

@@ -70,23 +70,17 @@ def _value_codes(
     for u in tl.static_range(D // U):
         channel = (head * D + u * U + j)[None, :]
         x = tl.load(values + (row * (H * D))[:, None] + channel, mask=there, other=0.0).to(tl.float32)
-        if CHANNELS % D == 0:
-            # A group is made of whole heads: one range for a tile's row.
-            group = head * D // CHANNELS
-            known = live[:, None]
-        else:
-            group = channel // CHANNELS
-            known = there
+        group = channel // CHANNELS
         at = ((block * BS + slot) * VG)[:, None] + group
-        z = tl.load(zero + at, mask=known, other=0.0).to(tl.float32)
-        s = tl.load(scale + at, mask=known, other=0.0).to(tl.float32)
+        z = tl.load(zero + at, mask=there, other=0.0).to(tl.float32)
+        s = tl.load(scale + at, mask=there, other=0.0).to(tl.float32)
         code = count_codes(x, boundaries(z, s, midpoints, BITS), z, s, midpoints, BITS)
         if N > 0:
             end = ends + ((row * VG)[:, None] + group) * 4
-            low = tl.load(end, mask=known, other=0.0)
-            high = tl.load(end + 1, mask=known, other=0.0)
-            low_until = tl.load(end + 2, mask=known, other=0.0)
-            high_from = tl.load(end + 3, mask=known, other=0.0)
+            low = tl.load(end, mask=there, other=0.0)
+            high = tl.load(end + 1, mask=there, other=0.0)
+            low_until = tl.load(end + 2, mask=there, other=0.0)
+            high_from = tl.load(end + 3, mask=there, other=0.0)
             c = (channel - group * CHANNELS).to(tl.float32)
             outlier = (
                 (x < low) | (x > high) | ((x == low) & (c <= low_until)) | ((x == high) & (c >= high_from))
