@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 def compile_ahead(histories: Sequence[StoredHistory], new: Sequence[int], prefill_reads: str) -> None:
     """Run every operation once on each history, in a thread of its own.
 
-    What fails is left to where it is measured, which reports it.
+    What fails beside others is tried again alone, since Triton does not promise to compile in several threads; what
+    fails then is left to where it is measured, which reports it.
 
     Args:
         histories: short ones of at least two blocks; nothing stored yet.
@@ -32,12 +33,16 @@ def compile_ahead(histories: Sequence[StoredHistory], new: Sequence[int], prefil
     run = functools.partial(_run, new=new, prefill_reads=prefill_reads)
     try:
         with ThreadPoolExecutor(len(histories)) as pool:
-            list(pool.map(run, histories))
+            failed = [
+                history for history, done in zip(histories, pool.map(run, histories), strict=True) if not done
+            ]
+        for history in failed:
+            run(history)
     finally:
         torch.set_num_threads(threads)  # operations that set it for themselves have met others that did
 
 
-def _run(history: StoredHistory, *, new: Sequence[int], prefill_reads: str) -> None:
+def _run(history: StoredHistory, *, new: Sequence[int], prefill_reads: str) -> bool:
     try:
         with torch.no_grad():  # of each thread
             history.fill()
@@ -52,4 +57,7 @@ def _run(history: StoredHistory, *, new: Sequence[int], prefill_reads: str) -> N
                 attention.attend(query, keys, values, history.store(0), step, history.rope)
                 history.pool.rollback()
     except Exception as error:  # whatever it is, measuring the same will raise it again
-        log.info("compiling ahead failed: %s", error)
+        log.info("compiling ahead failed: %s", error, exc_info=True)
+        history.pool.rollback()
+        return False
+    return True
