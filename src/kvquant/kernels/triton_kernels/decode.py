@@ -1,8 +1,8 @@
 """Decode attention straight from packed blocks: one query per sequence, its blocks shared, merged by log-sum-exp.
 
 One program of two warps takes a run of blocks (shares.py) of one (sequence, KV head) and serves all its query heads,
-so that a tile of keys or values is decoded once. Tokens and channels are the rows of the products (scores of a block [BS, G], output
-[D, G]): with few query heads a tensor core's other side, eight columns, is the smaller waste.
+so that a tile of keys or values is decoded once. Tokens and channels are the rows of the products (scores of a block
+[BS, G], output [D, G]): with few query heads a tensor core's other side, eight columns, is the smaller waste.
 
 Per element of K or V that is 1.3 to 3.2 instructions for the look-up and, for keys, 1.5 for the channel's range and the
 rotation (lookup.py). Nothing is left for moving decoded tiles through shared memory, so every thread decodes just what
