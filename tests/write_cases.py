@@ -58,7 +58,7 @@ SMALL = [
     Case(
         bits=2, calls=((20, 16),), block_size=16, spread=6.0, fraction=0.05, head_dim=128, chains=3, sinks=2
     ),
-    Case(bits=4, fraction=0.0, calls=((9, 20),), block_size=16, groups=2),
+    Case(bits=4, fraction=0.0, calls=((9, 40),), groups=2),
     Case(bits=4, fraction=0.3, calls=((9,),), groups=4),
     Case(bits=2, fraction=0.05, calls=((20,),), ties=True, groups=2),
     Case(bits=2, fraction=0.0, calls=((20,),), ties=True, dtype="fp32"),
