@@ -17,10 +17,11 @@ from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.cli import conf_dir
 from kvquant.config import register_schemas, validate
 from kvquant.errors import ConfigError, DeviceError
-from kvquant.kernel_limits import gpu_refusal, layer_refusal, prompt_refusal, spec_refusal
+from kvquant.kernel_limits import gpu_refusal, layer_refusal, spec_refusal
 from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore
 from kvquant.models import load_tokenizer
-from kvquant.models.backend_check import check_backend, tell_of_prompts
+from kvquant.models.backend_check import check_backend
+from kvquant.prefill_quant import PrefillQuantizedAttention
 from kvquant.preflight import check_gpu
 from kvquant.results import load_result
 from kvquant.spec import QuantSpec
@@ -217,39 +218,64 @@ def test_a_model_is_refused_before_it_is_calibrated(monkeypatch, tmp_path):
     assert load_result(tmp_path / "run")["status"] == "failed"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "softcap", "message"),
-    [
-        (torch.float32, None, "FlashAttention takes float16 and bfloat16, got float32"),
-        (torch.bfloat16, 50.0, "FlashAttention has no softcap, got 50"),
-        (torch.float16, None, None),
-    ],
-)
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_prompts_that_no_kernel_reads_are_said_once(backend, dtype, softcap, message, caplog):
+def reader_of(**spec):
+    q = quantizer(**spec)
+    stores = (KeyStore, ValueStore)
+    keys, values = (kind(*[torch.empty(1, 1, 1, 1)] * len(kind._fields)) for kind in stores)
+    return StoredLayer(kernels, keys, values, q.constants, *q.spec.widths, q.head_dim)
+
+
+PROMPTS = [
+    (torch.bfloat16, None, None),
+    (torch.float16, None, None),
+    (torch.float32, None, "FlashAttention takes fp16 and bf16, got torch.float32"),
+    (torch.bfloat16, 50.0, "FlashAttention has no softcap here"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "softcap", "reason"), PROMPTS)
+def test_queries_are_rounded_where_flash_attention_reads_them(
+    dtype, softcap, reason, with_triton, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    layer = reader_of()
+    monkeypatch.setattr(BatchedKVQuantizer, "reader", lambda *_, **__: layer)
+
+    def chosen(lengths=(5, 1), is_cuda=True, backend="auto", **spec):
+        query = types.SimpleNamespace(
+            is_cuda=is_cuda, dtype=dtype, shape=(6, 4, 64), device=GPU if is_cuda else torch.device("cpu")
+        )
+        attention = PrefillQuantizedAttention(quantizer(**spec), 64, 0.125, softcap=softcap, backend=backend)
+        return attention.query_dtype(query, None, types.SimpleNamespace(lengths=lengths))
+
+    assert chosen() == chosen(backend="triton") == (dtype if reason is None else torch.float32)
+    # Plain PyTorch multiplies in fp32, decoding kernels round on their own.
+    assert chosen(backend="pytorch_fused") == chosen(is_cuda=False) == torch.float32
+    assert chosen(lengths=(1, 1)) == torch.float32
+    assert chosen(recent_tokens=4) == chosen(logit_bias=True) == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "softcap", "reason"), PROMPTS)
+def test_prompts_that_flash_attention_does_not_read_are_told_once(
+    dtype, softcap, reason, monkeypatch, caplog
+):
+    pytest.importorskip("triton")
+    from kvquant.kernels.triton_kernels import attention
+
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(attention, "attend_tiled", lambda *_, **__: "tiles")
+    monkeypatch.setattr(attention, "attend_prefill", lambda *_, **__: "flash")
     kernels.say_once.cache_clear()
     caplog.set_level(logging.WARNING)
-    for device in (GPU, GPU, torch.device("cpu")):
-        tell_of_prompts(backend, [device], dtype, softcap)
-    tell_of_prompts("pytorch_fused", [GPU], dtype, softcap)
-    assert len(caplog.records) == (message is not None)
-    if message is not None:
-        assert (
-            f"kernel={backend} attends to prompts with plain PyTorch, tile by tile: {message}" in caplog.text
-        )
-
-
-def test_prompts_are_judged_as_their_launcher_does():
-    pytest.importorskip("triton")
-    from kvquant.kernels.triton_kernels.prefill import prefill_refusal
-
-    layer = StoredLayer(
-        kernels, KeyStore(*[torch.empty(1, 1, 1, 1)] * len(KeyStore._fields)), None, None, 4, 4, 64
-    )
-    for dtype, softcap in itertools.product((torch.float16, torch.bfloat16, torch.float32), (None, 30.0)):
-        theirs = prefill_refusal(torch.empty(1, 1, 64, dtype=dtype), layer, None, 64, softcap)
-        ours = prompt_refusal(str(dtype).removeprefix("torch."), softcap)
-        assert (ours is None) == (theirs is None), (dtype, softcap, ours, theirs)
+    query = types.SimpleNamespace(is_cuda=True, dtype=dtype, shape=(6, 4, 64))
+    settings = {"block_size": 64, "blocks_per_tile": 8, "softmax_scale": 0.125, "softcap": softcap}
+    for _ in range(3):
+        step = types.SimpleNamespace(lengths=(5, 1))
+        way = attention.attend(query, step, reader_of(), None, None, None, **settings)
+        assert way == ("flash" if reason is None else "tiles")
+    assert len(caplog.records) == (reason is not None)
+    if reason is not None:
+        assert f"with plain PyTorch on the GPU, tile by tile: {reason}" in caplog.text
 
 
 @pytest.mark.parametrize(

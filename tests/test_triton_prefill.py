@@ -188,7 +188,7 @@ def results(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     if device == "cpu":
         settings["attend_segment"] = plain_attention
     else:
-        assert prefill.prefill_refusal(query, layer, rope, BS, None) is None
+        assert prefill.prefill_refusal(query, layer, None) is None
     ours = prefill.attend_prefill(
         query, step, layer, rope, exact, sinks, workspace_tokens=case.room, **settings
     )

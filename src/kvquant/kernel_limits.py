@@ -12,7 +12,6 @@ from kvquant.spec import QuantSpec
 TRITON_BITS = (2, 3, 4)
 TRITON_BLOCK_SIZES = (32, 64, 128)
 EXACT_BLOCK_SIZES = (16, 32, 64, 128)
-FLASH_DTYPES = ("float16", "bfloat16")
 MOST_GROUPED_HEADS = 32
 OLDEST_CAPABILITY = (8, 0)
 
@@ -79,18 +78,6 @@ def layer_refusal(
     if num_kv_heads % spec.value_groups:
         return f"decodes value groups of whole heads, got quant.value_groups={spec.value_groups} for {num_kv_heads} heads"
     return None
-
-
-def prompt_refusal(dtype: str, softcap: float | None) -> str | None:
-    """Say why FlashAttention does not read a model's prompts over dequantized blocks; None: it does.
-
-    Args:
-        dtype: of the model: ``bfloat16``, ...
-        softcap: tanh cap of the scores, or None.
-    """
-    if dtype not in FLASH_DTYPES:
-        return f"FlashAttention takes {' and '.join(FLASH_DTYPES)}, got {dtype}"
-    return None if softcap is None else f"FlashAttention has no softcap, got {softcap:g}"
 
 
 def _either(values: tuple[int, ...]) -> str:

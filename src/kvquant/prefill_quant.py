@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from kvquant.batched_quant import BatchedKVQuantizer
@@ -50,6 +51,26 @@ class PrefillQuantizedAttention:
                 f"cache.prefill_reads must be one of {', '.join(PREFILL_READS)}, got {self.prefill_reads!r}; try quantized"
             )
 
+    def query_dtype(self, query: Tensor, store: LayerStore, step: RaggedStep) -> torch.dtype:
+        """The dtype in which :meth:`attend` takes a call's rotated queries.
+
+        A prompt that FlashAttention reads on a GPU is read in the model's dtype, as the model's own attention reads
+        it: it takes nothing wider. Everything else multiplies in fp32 (tiles, as of a softcap or an fp32 model, and
+        exact beside quantized keys) or rounds on its own (decoding), so queries come in fp32 and are not rounded for
+        nothing. A sequence that decodes beside prompts is read with them.
+
+        Args:
+            query: as the model made them, [T, Hq, D].
+            store: the layer's part of the pool.
+            step: layout of the call.
+        """
+        if not query.is_cuda or max(step.lengths) == 1 or self.quantizer.spec.mixes_exact:
+            return torch.float32
+        refusal = getattr(get_backend(self.backend, query.device.type), "prefill_refusal", None)
+        layer = self.quantizer.reader(store, backend=self.backend)
+        is_refused = refusal is None or refusal(query, layer, self.softcap) is not None
+        return torch.float32 if is_refused else query.dtype
+
     def store(self, keys: Tensor, values: Tensor, store: LayerStore, step: RaggedStep) -> None:
         """Quantize a call's keys and values into their block slots.
 
@@ -73,7 +94,7 @@ class PrefillQuantizedAttention:
         """Attend over the stored history and the call's own tokens, which are stored already.
 
         Args:
-            query: rotated at their positions, [T, Hq, D].
+            query: rotated at their positions, [T, Hq, D] of :meth:`query_dtype`.
             keys: this call's own, for ``prefill_reads=exact``, [T, H, D].
             values: likewise.
             store: the layer's part of the pool.

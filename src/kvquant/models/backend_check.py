@@ -8,7 +8,7 @@ import torch
 
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.errors import DeviceError
-from kvquant.kernel_limits import layer_refusal, prompt_refusal
+from kvquant.kernel_limits import layer_refusal
 from kvquant.kernels import get_backend, say_once
 from kvquant.methods import method_class
 from kvquant.spec import QuantSpec
@@ -63,22 +63,6 @@ def check_backend(
         if backend == "triton":
             raise DeviceError(f"kernel=triton {reason} ({where}); try kernel=pytorch_fused")
         say_once(f"kernel=auto attends with plain PyTorch in {where}: triton {reason}")
-
-
-def tell_of_prompts(
-    backend: str, devices: Sequence[torch.device], dtype: torch.dtype, softcap: float | None
-) -> None:
-    """Tell where prompts are attended to by plain PyTorch on a GPU, though decoding has a kernel.
-
-    Args:
-        backend: name of the kernels.
-        devices: of the layers.
-        dtype: of the model.
-        softcap: tanh cap of the scores, or None.
-    """
-    reason = prompt_refusal(str(dtype).removeprefix("torch."), softcap)
-    if reason is not None and backend in ("auto", "triton") and any(d.type == "cuda" for d in devices):
-        say_once(f"kernel={backend} attends to prompts with plain PyTorch, tile by tile: {reason}")
 
 
 def triton_refusal_of(

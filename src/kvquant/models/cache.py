@@ -14,7 +14,7 @@ from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.errors import DataError, ModelError
 from kvquant.measure import Stopwatch
 from kvquant.models.attention_hook import attention_modules
-from kvquant.models.backend_check import check_backend, tell_of_prompts
+from kvquant.models.backend_check import check_backend
 from kvquant.models.counting_layer import CountingLayer
 from kvquant.models.devices import input_device, layer_devices
 from kvquant.models.forward_call import CachedLayer, CallTokens, ForwardCall, check_lengths, padded_tokens
@@ -62,8 +62,6 @@ class QuantizedCache(StoredSequences, Cache):
             query_heads=shape.num_query_heads,
             rotated=rotated_channels(rotary),
         )
-        softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-        tell_of_prompts(backend, devices, model.dtype, softcap)
         groups = group_layers(
             quantizers,
             shape,

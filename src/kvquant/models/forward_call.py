@@ -145,6 +145,7 @@ class ForwardCall:
         if index is not None:
             index = index.to(query.device)
             q, k, v = q[index], k[index], v[index]
+        store = pool.layers[place.inner]
         tables, cos, sin = self._ropes[place.rope_type, place.device]
         rope: Rope | None = tables
         attention = PrefillQuantizedAttention(
@@ -163,7 +164,7 @@ class ForwardCall:
             if place.quantizer.keys_after_rope:
                 k, rope = rotate(k.float(), cos[:, None], sin[:, None]), None
             k, turned = place.quantizer.turn_keys(k), place.quantizer.turn_query(turned)
-            store = pool.layers[place.inner]
+            turned = turned.to(attention.query_dtype(query, store, step))
             with contextlib.nullcontext() if stopwatch is None else stopwatch:
                 attention.store(k, v, store, step)
             out = attention.attend(turned, k, v, store, step, rope).to(query.dtype)

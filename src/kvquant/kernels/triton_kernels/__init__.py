@@ -10,6 +10,7 @@ from kvquant.kernels.fused_read import read_exact
 from kvquant.kernels.fused_write import close_values
 from kvquant.kernels.triton_kernels.attention import attend
 from kvquant.kernels.triton_kernels.dequantize import read_keys, read_values
+from kvquant.kernels.triton_kernels.prefill import prefill_refusal
 from kvquant.kernels.triton_kernels.write_exact import write_exact
 from kvquant.kernels.triton_kernels.write_keys import write_keys
 from kvquant.kernels.triton_kernels.write_values import write_values
@@ -20,6 +21,7 @@ __all__ = [
     "TAKES_RUNS",
     "attend",
     "close_values",
+    "prefill_refusal",
     "read_exact",
     "read_keys",
     "read_values",

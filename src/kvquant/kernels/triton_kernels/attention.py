@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvquant.kernels import KeyStore, LayerConstants, Rope, StoredLayer, ValueStore
+from kvquant.kernels import KeyStore, LayerConstants, Rope, StoredLayer, ValueStore, say_once
 from kvquant.kernels.tiled_attention import attend_tiled
 from kvquant.kernels.triton_kernels import decode, merge, prepare, scratch
 from kvquant.kernels.triton_kernels.exact_decode import attend_exact_decode, exact_refusal
@@ -43,7 +43,8 @@ def attend(
 
     A call of one new token per sequence reads packed codes (:func:`attend_decode`) or exact blocks
     (:func:`attend_exact_decode`) where :func:`decode_refusal` or :func:`exact_refusal` has nothing against it; any
-    other call is :func:`attend_prefill`'s where :func:`prefill_refusal` has not. The rest goes tile by tile.
+    other call is :func:`attend_prefill`'s where :func:`prefill_refusal` has not. The rest goes tile by tile, and of
+    prompts that is said.
     """
     if max(step.lengths) == 1:
         for refusal, decode_with in ((decode_refusal, attend_decode), (exact_refusal, attend_exact_decode)):
@@ -61,18 +62,22 @@ def attend(
                     window=window,
                     softcap=softcap,
                 )
-    if query.is_cuda and prefill_refusal(query, read_tile, rope, block_size, softcap) is None:
-        return attend_prefill(
-            query,
-            step,
-            read_tile,  # type: ignore[arg-type]
-            rope,
-            exact if max(step.lengths) > 1 else None,
-            sinks,
-            block_size=block_size,
-            softmax_scale=softmax_scale,
-            window=window,
-        )
+    if query.is_cuda:
+        reason = prefill_refusal(query, read_tile, softcap)
+        if reason is None:
+            return attend_prefill(
+                query,
+                step,
+                read_tile,  # type: ignore[arg-type]
+                rope,
+                exact if max(step.lengths) > 1 else None,
+                sinks,
+                block_size=block_size,
+                softmax_scale=softmax_scale,
+                window=window,
+            )
+        if max(step.lengths) > 1:
+            say_once(f"prompts are attended to with plain PyTorch on the GPU, tile by tile: {reason}")
     return attend_tiled(
         query,
         step,

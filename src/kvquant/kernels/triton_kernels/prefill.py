@@ -96,10 +96,14 @@ def flash_attention(
     return out, lse
 
 
-def prefill_refusal(
-    query: Tensor, layer: object, rope: Rope | None, block_size: int, softcap: float | None
-) -> str | None:
-    """Say why prefill over dequantized segments is not for this layer; None: it is."""
+def prefill_refusal(query: Tensor, layer: object, softcap: float | None) -> str | None:
+    """Say why prefill over dequantized segments is not for this layer; None: it is.
+
+    Args:
+        query: [T, Hq, D].
+        layer: what reads its tiles.
+        softcap: tanh cap of the scores, or None.
+    """
     D = query.shape[-1]
     if not (isinstance(layer, StoredLayer) and isinstance(layer.keys, KeyStore | ExactStore)):
         return "it reads exact blocks and those of the nuq family"
