@@ -81,7 +81,8 @@ def cases() -> list[Case]:
     odd = [Case(operation, "phi3_mini", 3) for operation in ("write_keys", "write_values")]
     split = [Case("write_values", "llama31_8b", 3, value_groups=16)]  # of half a head each
     exact = [
-        Case(operation, "llama31_8b", 16, method="none") for operation in ("decode", "write_exact", "prefill")
+        Case(operation, "llama31_8b", 16, method="none")
+        for operation in ("decode", "write_exact", "prefill", "rotate")
     ]
     return [*grouped, *single, *plain, *rest, *wide, *odd, *split, *exact]
 
@@ -224,6 +225,13 @@ class Layer:
                 workspace_tokens=256,
                 attend_segment=lambda q, *_: (q, q.new_zeros(q.shape[1], len(q), dtype=torch.float32)),
             )
+
+    def rotate(self) -> None:
+        """Launch what turns queries, for FlashAttention and for what multiplies in fp32."""
+        D = self.shape.head_dim
+        query = torch.zeros(130, self.shape.query_heads, D, dtype=torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float32):
+            self.kernels.rotate_tokens(query, torch.zeros(130, D), torch.zeros(130, D), dtype)
 
     def _attend(self, step: RaggedStep, exact: tuple[Tensor, Tensor] | None) -> None:
         T, D = sum(step.lengths), self.shape.head_dim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvquant.kernels.fused_read import read_exact, read_keys, read_values
 from kvquant.kernels.fused_write import close_values, write_exact, write_keys, write_values
+from kvquant.kernels.reference import rotate_tokens
 from kvquant.kernels.tiled_attention import attend_tiled as attend
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "read_exact",
     "read_keys",
     "read_values",
+    "rotate_tokens",
     "write_exact",
     "write_keys",
     "write_values",

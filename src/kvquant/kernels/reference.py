@@ -25,6 +25,25 @@ from kvquant.packing import pack, unpack
 from kvquant.ragged import RaggedStep, cumulative_lengths
 
 
+def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rotate the first R channels of tokens to their positions, in fp32 (Su et al. 2021, half-split form).
+
+    Args:
+        x: [T, H, D].
+        cos: of every token, fp32 [T, R]; both halves are alike.
+        sin: likewise.
+        dtype: of the result, to which it is rounded once.
+
+    Returns:
+        [T, H, D], contiguous.
+    """
+    half = cos.shape[-1] // 2
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    turned = [(first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)]
+    return torch.cat([*turned, rest.to(dtype)], dim=-1)
+
+
 def write_exact(
     x: Tensor, store: ExactStore, slot_block: Tensor, slot_offset: Tensor, kind: int, error: Tensor
 ) -> None:

@@ -13,9 +13,8 @@ from torch import Tensor
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_pool import BlockPool
 from kvquant.errors import DataError
-from kvquant.kernels import Rope
+from kvquant.kernels import Rope, get_backend
 from kvquant.measure import Stopwatch
-from kvquant.models.attention_hook import rotate
 from kvquant.models.rotary import CallRope, call_rope
 from kvquant.prefill_quant import PrefillQuantizedAttention, blocks_per_tile
 from kvquant.ragged import RaggedStep
@@ -148,6 +147,7 @@ class ForwardCall:
         store = pool.layers[place.inner]
         tables, cos, sin = self._ropes[place.rope_type, place.device]
         rope: Rope | None = tables
+        kernels = get_backend(backend, query.device.type)
         attention = PrefillQuantizedAttention(
             place.quantizer,
             pool.layout.block_size,
@@ -160,11 +160,11 @@ class ForwardCall:
         # Kernels are launched on the current device, which need not be this layer's.
         with torch.cuda.device_of(query):
             # fp32 tables and products: the query's rotation must match the keys', which happens tile by tile in fp32.
-            turned = rotate(q.float(), cos[:, None], sin[:, None])
+            dtype = attention.query_dtype(query, store, step)
+            turned = kernels.rotate_tokens(q, cos, sin, dtype)
             if place.quantizer.keys_after_rope:
-                k, rope = rotate(k.float(), cos[:, None], sin[:, None]), None
-            k, turned = place.quantizer.turn_keys(k), place.quantizer.turn_query(turned)
-            turned = turned.to(attention.query_dtype(query, store, step))
+                k, rope = kernels.rotate_tokens(k, cos, sin, torch.float32), None
+            k, turned = place.quantizer.turn_keys(k), place.quantizer.turn_query(turned).to(dtype)
             with contextlib.nullcontext() if stopwatch is None else stopwatch:
                 attention.store(k, v, store, step)
             out = attention.attend(turned, k, v, store, step, rope).to(query.dtype)

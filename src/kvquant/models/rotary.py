@@ -66,7 +66,9 @@ def call_rope(
     half = cos.shape[-1] // 2
     prefix = f"{layer_type}_" if layer_type else ""
     factor = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
-    rope = Rope(cos[:, :half], sin[:, :half], base_cos[:, :half] / factor, base_sin[:, :half] / factor)
+    # Once a call: kernels would copy what is not contiguous once a layer.
+    cos, sin = (table[:, :half].contiguous() for table in (cos, sin))
+    rope = Rope(cos, sin, base_cos[:, :half] / factor, base_sin[:, :half] / factor)
     return CallRope(rope, query_cos, query_sin)
 
 

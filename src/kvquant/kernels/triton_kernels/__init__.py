@@ -11,6 +11,7 @@ from kvquant.kernels.fused_write import close_values
 from kvquant.kernels.triton_kernels.attention import attend
 from kvquant.kernels.triton_kernels.dequantize import read_keys, read_values
 from kvquant.kernels.triton_kernels.prefill import prefill_refusal
+from kvquant.kernels.triton_kernels.rotate import rotate_tokens
 from kvquant.kernels.triton_kernels.write_exact import write_exact
 from kvquant.kernels.triton_kernels.write_keys import write_keys
 from kvquant.kernels.triton_kernels.write_values import write_values
@@ -25,6 +26,7 @@ __all__ = [
     "read_exact",
     "read_keys",
     "read_values",
+    "rotate_tokens",
     "write_exact",
     "write_keys",
     "write_values",
