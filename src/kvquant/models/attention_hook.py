@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvquant.errors import ModelError
+from kvquant.models.no_rotation import identity_left_out, identity_tables
 
 # query [B, Hq, S, D], keys and values [B, H, S, D], all before rotation -> output [B, S, Hq, D]
 AttentionFunction = Callable[..., Tensor]
@@ -114,19 +115,22 @@ def replaced_attention(model: PreTrainedModel, function: AttentionFunction) -> I
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         cos, sin = kwargs["position_embeddings"]
-        identity = (torch.ones_like(cos), torch.zeros_like(sin))
         own = {
             "kvquant_function": function,
             "kvquant_rope": (cos, sin),
             "kvquant_cache": kwargs.get("past_key_values"),
         }
-        return args, {**kwargs, **own, "position_embeddings": identity}
+        return args, {**kwargs, **own, "position_embeddings": identity_tables(cos)}
 
     _register()
     modules = attention_modules(model)
     _installed.add(id(model))
     try:
-        with forward_hooks(modules, before=before), _named_in_configs(model, modules):
+        with (
+            forward_hooks(modules, before=before),
+            _named_in_configs(model, modules),
+            identity_left_out(modules),
+        ):
             yield
     finally:
         _installed.discard(id(model))
