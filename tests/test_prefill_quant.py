@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.block_layout import BlockLayout
@@ -208,3 +211,38 @@ def test_keys_are_rotated_as_they_are_read(quantizer: BatchedKVQuantizer, rotary
 def test_other_reads_are_refused(quantizer: BatchedKVQuantizer) -> None:
     with pytest.raises(ValueError, match=r"prefill_reads must be one of quantized, exact, got 'both'"):
         attention(quantizer, "both")
+
+
+class Masks(TorchDispatchMode):
+    """Counts tensors that are indexed by a mask, whose places a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith(("aten::index", "aten::masked_select", "aten::nonzero")):
+            flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+            self.count += any(isinstance(x, Tensor) and x.dtype == torch.bool for x in flat)
+        return func(*args, **(kwargs or {}))
+
+
+def test_sinks_are_kept_without_asking_the_device_where_they_are(quantizer: BatchedKVQuantizer) -> None:
+    pool, rows = pool_for(quantizer)
+    with Masks() as masks:
+        torch.arange(3)[torch.tensor([True, False, True])]
+    assert masks.count == 1
+    kept: list[list[Tensor]] = [[] for _ in rows]
+    for lengths in ([1, 3, 1], [1, 1, 5], [4, 1, 1]):
+        step = pool.reserve(rows, lengths)
+        assert torch.equal(step.first_tokens(2), (step.positions < 2).nonzero().flatten())
+        keys, values = (draw(sum(lengths), seed, H) for seed in (1, 2))
+        for of_row, new in zip(kept, keys.split(lengths), strict=True):
+            of_row.extend(new)
+        with Masks() as masks:
+            skip = quantizer.write_sinks(keys, values, pool.layers[0], step)
+        assert masks.count == 0
+        assert skip is None or torch.equal(skip, step.positions < 2)
+        pool.commit()
+    for row, tokens in zip(rows, kept, strict=True):
+        assert torch.equal(pool.layers[0].sink_keys[row], torch.stack(tokens[:2]))

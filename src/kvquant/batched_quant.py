@@ -242,11 +242,11 @@ class BatchedKVQuantizer:
         """Keep sink tokens as they are; returns which tokens are sinks, bool [T], or None."""
         if not self.spec.sink_tokens or min(step.past) >= self.spec.sink_tokens:
             return None
-        skip = step.positions < self.spec.sink_tokens
-        rows, at = step.rows[step.token_sequence[skip]], step.positions[skip]
-        store.sink_keys[rows, at] = keys[skip].to(store.sink_keys.dtype)
-        store.sink_values[rows, at] = values[skip].to(store.sink_values.dtype)
-        return skip
+        sinks = step.first_tokens(self.spec.sink_tokens)
+        rows, at = step.rows[step.token_sequence[sinks]], step.positions[sinks]
+        store.sink_keys[rows, at] = keys[sinks].to(store.sink_keys.dtype)
+        store.sink_values[rows, at] = values[sinks].to(store.sink_values.dtype)
+        return step.positions < self.spec.sink_tokens
 
     def keep_recent(self, keys: Tensor, values: Tensor, store: LayerStore, step: RaggedStep) -> None:
         """Keep the last tokens of each sequence as they are, once the call's queries have read older ones."""

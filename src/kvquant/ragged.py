@@ -145,6 +145,27 @@ class RaggedStep:
         """Tokens of every sequence once this call is stored, int32 [B] on the device."""
         return torch.tensor(self.kv_lengths, dtype=torch.int32).to(self.block_table.device, non_blocking=True)
 
+    def first_tokens(self, count: int) -> Tensor:
+        """Which new tokens stand among the first ``count`` of their sequence, in order: int64 [n] on the device.
+
+        From the host's lengths, kept for the next layer: asking the device for a mask's places would wait for it.
+        """
+        if count not in self._first_tokens:
+            chosen = [
+                token
+                for past, new, start in zip(
+                    self.past, self.lengths, cumulative_lengths(self.lengths), strict=False
+                )
+                for token in range(start, start + min(new, max(0, count - past)))
+            ]
+            found = torch.tensor(chosen, dtype=torch.int64).to(self.block_table.device, non_blocking=True)
+            self._first_tokens[count] = found
+        return self._first_tokens[count]
+
+    @functools.cached_property
+    def _first_tokens(self) -> dict[int, Tensor]:
+        return {}
+
     @property
     def kv_lengths(self) -> tuple[int, ...]:
         """Tokens of every sequence once this call is stored (host)."""
