@@ -194,7 +194,7 @@ def attend_decode(
     outliers = keys.outlier_index.shape[-1] > 0 or values.outlier_index.shape[-1] > 0
     matrix = scratch.matrix_bytes(D, block_size, prepared[0].shape[1], GP) if outliers else 0
     # On a GPU each program has its own, in shared memory, and this is not looked at.
-    memory = torch.zeros(scratch.TABLES + matrix, dtype=torch.uint8) if INTERPRET else best
+    memory = torch.zeros(scratch.scratch_bytes(matrix), dtype=torch.uint8) if INTERPRET else best
     decode._decode_kernel[(H, programs)](
         *prepared, memory, *((constants.key_zero,) * 2 if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
         keys.codes, keys.outlier_count, keys.outlier_index, keys.outlier_value,
@@ -206,7 +206,7 @@ def attend_decode(
         H, values.zero.shape[-1], 1 << 16,
         G=G, GP=GP, D=D, BS=block_size, KB=layer.key_bits, VB=layer.value_bits,
         KW=KW, VW=VW, K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1],
-        K_BASE=keys.outlier_index.shape[-1], K_PLACES=max(64, triton.next_power_of_2(keys.outlier_index.shape[-1])),
+        K_BASE=keys.outlier_index.shape[-1], K_PLACES=max(128, triton.next_power_of_2(keys.outlier_index.shape[-1] + 32)),
         V_ENTRIES=values.outlier_index.shape[-1],
         ROTATED=rope is not None, HALF_QUERY=query.dtype == torch.float16, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
         SCRATCH=scratch.declaration(matrix), MATRIX=matrix, num_warps=decode.WARPS, num_stages=1, maxnreg=_REGISTERS,

@@ -42,15 +42,21 @@ from kvquant.kernels.triton_kernels.outlier_products import key_products, value_
 from kvquant.kernels.triton_kernels.scratch import (
     ahead,
     allocate,
+    fetch_angles,
     fetch_tables,
+    divergent_zero,
     key_chain,
-    key_entry,
+    key_counts,
+    key_pair,
     key_row,
     put,
-    value_entry,
+    put_angles,
+    value_ends,
+    value_pair,
     value_rest,
+    value_row,
 )
-from kvquant.kernels.triton_kernels.units import unit_codes, unit_differences, unit_scores, unit_sums
+from kvquant.kernels.triton_kernels.units import unit_angle, unit_codes, unit_differences, unit_scores, unit_sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
 WEIGHT_BITS = tl.constexpr(10.0)  # weights are at most 2^10: fp16 holds smaller ones so
@@ -121,10 +127,16 @@ def _decode_kernel(
     VNP: tl.constexpr = 1 if VB == 4 else 2
     UPG: tl.constexpr = 1 if D <= 128 else 2  # units of a row that one of its sixteen groups of lanes decodes
     S: tl.constexpr = BS // 8
+    KEPT: tl.constexpr = key_value.dtype.element_ty
     K_SCATTER: tl.constexpr = K_BASE > 0 and MATRIX > 0
     V_SCATTER: tl.constexpr = V_ENTRIES > 0 and MATRIX > 0
-    LINES: tl.constexpr = 64 * ((BS * V_ROW + 8191) // 8192)  # 128 bytes each, of a block's codes
-    PLACES: tl.constexpr = 128 if D >= 128 else 64  # outliers of values at once: two of a thread
+    # Of a block's codes, 128 bytes each.
+    K_LINES: tl.constexpr = 64 * ((BS * K_ROW + 8191) // 8192)
+    V_LINES: tl.constexpr = 64 * ((BS * V_ROW + 8191) // 8192)
+    PLACES: tl.constexpr = 128  # outliers of values at once: two of a thread
+    STAGED: tl.constexpr = K_SCATTER and ROTATED
+    ANGLE_WORDS: tl.constexpr = J * UNITS * 16
+    ANGLE_PLACES: tl.constexpr = 64 if ANGLE_WORDS <= 64 else (128 if ANGLE_WORDS <= 128 else 256)
 
     h = tl.program_id(0)
     program = tl.program_id(1)
@@ -142,8 +154,11 @@ def _decode_kernel(
     thread = tl.arange(0, 64)
     lane = tl.arange(0, 32)
     four = tl.arange(0, 4)[None, :]
-    place = tl.arange(0, PLACES)
-    k_entry = tl.arange(0, K_PLACES)
+    pair = tl.arange(0, PLACES // 2)
+    k_pair = tl.arange(0, K_PLACES // 2)
+    k_line = tl.minimum(tl.arange(0, K_LINES) * 128, BS * K_ROW - 1)
+    v_line = tl.minimum(tl.arange(0, V_LINES) * 128, BS * V_ROW - 1)
+    angle_word = tl.arange(0, ANGLE_PLACES)
     r = thread % 4
     first_row = (thread // 32) * 16 + (thread % 32) // 4  # a thread's first row of every 32
     key_word = (r * CPL)[:, None] + tl.arange(0, CPLP)[None, :]  # [64, CPLP]
@@ -157,13 +172,14 @@ def _decode_kernel(
     floor += bh * D
     affine = affine.to(tl.pointer_type(tl.int32)) + bh * (UNITS * 32)
     angle_words = angles.to(tl.pointer_type(tl.int32))
-    base_words = bases.to(tl.pointer_type(tl.int64))
+    base_words = bases.to(tl.pointer_type(tl.int32))
     score_unit = tl.load(unit + bh * 2)
     inverse_size = tl.load(unit + bh * 2 + 1)
     v_first = tl.load(value_centroids)
     value_group = h * VG // H
     tables = allocate(SCRATCH, MATRIX, look_up, memory)
     scratch = tables + 128
+    angles_at = scratch + MATRIX
 
     best = tl.full((GP,), -float("inf"), tl.float32)
     # Over the rows of a thread in the loop, over the threads after it.
@@ -178,11 +194,20 @@ def _decode_kernel(
     # Numbers of blocks are read two ahead.
     block = tl.load(table_row + begin, mask=begin < end, other=0).to(tl.int64)
     coming = tl.load(table_row + tl.minimum(begin + 1, end - 1), mask=begin < end, other=0).to(tl.int64)
+    apart = divergent_zero(upper)
     if K_SCATTER:
-        k_number, k_kept, k_count = key_row(key_index, key_value, key_count, block * H + h, k_entry, K_BASE)
-        k_place, k_delta = key_entry(
-            k_number, k_kept, k_entry, k_count, floor, inverse_size, scratch, D, KW, CPL, KNP, R
+        k_count, k_chunk = key_counts(key_count, spill_head, block * H + h + apart)
+        k_number, k_kept = key_row(
+            key_index, key_value, spill_index, spill_value, block * H + h, k_chunk, k_pair, k_count, K_BASE
         )
+        k_at0, k_at1, k_delta0, k_delta1 = key_pair(
+            k_number, k_kept, k_pair, k_count, floor, inverse_size, scratch, KEPT, D, KW, CPL, KNP, R
+        )
+    if STAGED:
+        own_angles = base_words + begin * ANGLE_WORDS + angle_word
+        put_angles(angles_at, angle_word, tl.load(own_angles, mask=angle_word < ANGLE_WORDS, other=0), ANGLE_WORDS)
+    if V_ENTRIES > 0:
+        coming_begin, coming_end, coming_closed = value_ends(value_end, block * H + apart, h, H)
     codes, third = load_words(
         key_codes + (block * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS, not key_inside, KB,
         8, 32, R,
@@ -198,21 +223,30 @@ def _decode_kernel(
         v_zero = score_side(rows_of(value_zero + ranges, VG, first_row, first_slot, end_slot - 1, R), R, GP)
         if V_ENTRIES > 0:
             # An open block lists all heads' entries token by token, a closed one those of each head together.
-            ends = value_end + block * H
-            closed = tl.load(ends + H - 1) > 0
-            v_begin = tl.load(ends + h - 1, mask=h > 0, other=0)
-            v_end = tl.where(closed, tl.load(ends + h), tl.minimum(end_slot, BS) * V_ENTRIES)
+            closed = coming_closed > 0
+            v_begin = coming_begin
+            v_end = tl.where(closed, coming_end, tl.minimum(end_slot, BS) * V_ENTRIES)
             entries = block * (BS * V_ENTRIES)
-        line = tl.minimum(tl.arange(0, LINES) * 128, BS * V_ROW - 1)
-        ahead(value_codes + (coming * H + h) * (BS * V_ROW) + line)
+            coming_begin, coming_end, coming_closed = value_ends(value_end, coming * H + apart, h, H)
+        if V_SCATTER:
+            v_number, v_kept = value_row(
+                value_index + entries, value_value + entries, v_begin // 2 + pair, BS * V_ENTRIES
+            )
+        if K_SCATTER:
+            coming_count, coming_chunk = key_counts(key_count, spill_head, coming * H + h + apart)
+        base = base_words + column * ANGLE_WORDS
+        if STAGED:
+            coming_angles = base_words + tl.minimum(column + 1, end - 1) * ANGLE_WORDS + angle_word
+            coming_angles = tl.load(coming_angles, mask=angle_word < ANGLE_WORDS, other=0)
 
         # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
         if K_SCATTER:
-            k_live = k_entry < tl.minimum(k_count, K_BASE)
-            put(k_place, k_delta, k_live)
-            if k_count > K_BASE:
+            k_there = tl.minimum(k_count, K_BASE + 32)
+            put(k_at0, k_delta0, 2 * k_pair < k_there)
+            put(k_at1, k_delta1, 2 * k_pair + 1 < k_there)
+            if k_count > K_BASE + 32:
                 key_chain(
-                    k_count - K_BASE, tl.load(spill_head + at), spill_next, spill_index, spill_value, floor,
+                    k_count - K_BASE - 32, k_chunk, spill_next, spill_index, spill_value, floor,
                     inverse_size, scratch, D, KW, CPL, KNP, R, False,
                 )  # fmt: skip
             tl.debug_barrier()
@@ -234,24 +268,34 @@ def _decode_kernel(
                 if ROTATED:
                     t = angle_words + (n * (N * 256) + thread * 4)[:, None] + four
                     turn = four_columns(stack(t, True, 256, 512, N, False), N, 64)
-                base = base_words + (column * (J * UNITS) + n) * 8 + lane % 4
+                angle = turn
+                further = turn
+                if STAGED:
+                    angle = fetch_angles(angles_at, n, lane)
+                    if J == 2:
+                        further = fetch_angles(angles_at, UNITS + n, lane)
+                elif ROTATED:
+                    angle = unit_angle(base, n, lane)
+                    if J == 2:
+                        further = unit_angle(base, UNITS + n, lane)
                 place_n = scratch + (n * R) * 1024 + thread * 16
                 s0 = unit_scores(
-                    s0, words[0], thirds[0], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn, base, place_n,
+                    s0, words[0], thirds[0], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn, angle, place_n,
                     2 * half, N, NG, KB, ROTATED, HALF_QUERY, K_SCATTER,
                 )  # fmt: skip
                 if J == 2:
                     s1 = unit_scores(
                         s1, words[1], thirds[1], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn,
-                        base + UNITS * 8, place_n + 4096, 2 * half, N, NG, KB, ROTATED, HALF_QUERY, K_SCATTER,
+                        further, place_n + 4096, 2 * half, N, NG, KB, ROTATED, HALF_QUERY, K_SCATTER,
                     )  # fmt: skip
         scores = all_rows(s0, s1, J, GP)
         if K_SCATTER:
             tl.debug_barrier()
-            put(k_place, tl.zeros_like(k_delta), k_live)
-            if k_count > K_BASE:
+            put(k_at0, tl.zeros_like(k_delta0), 2 * k_pair < k_there)
+            put(k_at1, tl.zeros_like(k_delta1), 2 * k_pair + 1 < k_there)
+            if k_count > K_BASE + 32:
                 key_chain(
-                    k_count - K_BASE, tl.load(spill_head + at), spill_next, spill_index, spill_value, floor,
+                    k_count - K_BASE - 32, k_chunk, spill_next, spill_index, spill_value, floor,
                     inverse_size, scratch, D, KW, CPL, KNP, R, True,
                 )  # fmt: skip
             if not V_SCATTER:
@@ -263,10 +307,6 @@ def _decode_kernel(
             )  # fmt: skip
         v_codes = value_codes + at * (BS * V_ROW)
         words_of_unit = unit_codes(v_codes, r, group_unit, VW, V_ROW, V_WORDS, D != 128, VNP, VB, S)
-        if V_SCATTER:
-            v_entry = (v_begin // 2) * 2 + place
-            v_number = tl.load(value_index + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0)
-            v_kept = tl.load(value_value + entries + v_entry, mask=v_entry < BS * V_ENTRIES, other=0.0)
         scores = scores * score_unit  # times log2(e), unless a cap comes first
         if HAS_SOFTCAP:
             # tanh through exp, which keeps its sign at both ends
@@ -297,12 +337,12 @@ def _decode_kernel(
         if V_SCATTER:
             block_inverse = tl.max(inverse, 0)
             tl.debug_barrier()
-            v_live = (v_entry >= v_begin) & (v_entry < v_end) & closed
-            v_place, v_delta = value_entry(
-                v_number, v_kept, v_live, value_zero + ranges, value_scale + ranges, VG, v_first, block_inverse, scratch,
-                D, VW, VNP, UPG, S,
+            v_at0, v_at1, v_delta0, v_delta1, v_live0, v_live1 = value_pair(
+                v_number, v_kept, (v_begin // 2) * 2 + 2 * pair, v_begin, v_end, closed, value_zero + ranges,
+                value_scale + ranges, VG, v_first, block_inverse, scratch, KEPT, D, VW, VNP, UPG, S,
             )  # fmt: skip
-            put(v_place, v_delta, v_live)
+            put(v_at0, v_delta0, v_live0)
+            put(v_at1, v_delta1, v_live1)
             v_rest = tl.where(closed, (v_begin // 2) * 2 + PLACES, 0)
             if v_rest < v_end:
                 value_rest(
@@ -311,8 +351,9 @@ def _decode_kernel(
                 )  # fmt: skip
         # Of the next block, what its first steps would wait for.
         if K_SCATTER:
-            k_number, k_kept, k_count = key_row(
-                key_index, key_value, key_count, coming * H + h, k_entry, K_BASE
+            k_count, k_chunk = coming_count, coming_chunk
+            k_number, k_kept = key_row(
+                key_index, key_value, spill_index, spill_value, coming * H + h, k_chunk, k_pair, k_count, K_BASE
             )
         codes, third = load_words(
             key_codes + (coming * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS,
@@ -344,7 +385,8 @@ def _decode_kernel(
             if UPG == 2:
                 acc2, acc3 = unit_differences(acc2, acc3, scratch + 2 * S * 1024 + thread * 16, plain, S)
             tl.debug_barrier()
-            put(v_place, tl.zeros_like(v_delta), v_live)
+            put(v_at0, tl.zeros_like(v_delta0), v_live0)
+            put(v_at1, tl.zeros_like(v_delta1), v_live1)
             if v_rest < v_end:
                 value_rest(
                     value_index + entries, value_value + entries, v_rest, v_end, closed, h * D, value_zero + ranges,
@@ -358,9 +400,13 @@ def _decode_kernel(
                 D, VW, VNP, UPG, BS, V_ENTRIES,
             )  # fmt: skip
         if K_SCATTER:
-            k_place, k_delta = key_entry(
-                k_number, k_kept, k_entry, k_count, floor, inverse_size, scratch, D, KW, CPL, KNP, R
+            k_at0, k_at1, k_delta0, k_delta1 = key_pair(
+                k_number, k_kept, k_pair, k_count, floor, inverse_size, scratch, KEPT, D, KW, CPL, KNP, R
             )
+        if STAGED:
+            put_angles(angles_at, angle_word, coming_angles, ANGLE_WORDS)
+        ahead(key_codes + (after * H + h) * (BS * K_ROW) + k_line)
+        ahead(value_codes + (coming * H + h) * (BS * V_ROW) + v_line)
         block = coming
         coming = after
 

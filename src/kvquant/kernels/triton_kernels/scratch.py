@@ -17,6 +17,7 @@ from kvquant.kernels.triton_kernels.lookup import INTERPRET, first_half, pack, s
 
 STATIC_BYTES = 48 * 1024  # what a kernel may have unless it asks for more
 TABLES = 128  # bytes of two look-up tables, two copies of each
+ANGLES = tl.constexpr(1024)  # bytes for the angles of one block's first tokens, a word of each thread in turn
 # Of a difference: fp16 holds the sum of two products with numbers up to a half.
 LARGEST = tl.constexpr(32000.0)
 
@@ -33,12 +34,17 @@ def matrix_bytes(head_dim: int, block_size: int, key_units: int, columns: int) -
     dynamic = 2 * block_size * columns * 2 + 1024
     values = (1 if head_dim <= 128 else 2) * 2 * (block_size // 8)
     size = 1024 * max(key_units * (block_size // 16), values)
-    return size if size + TABLES + dynamic <= STATIC_BYTES else 0
+    return size if size + TABLES + ANGLES.value + dynamic <= STATIC_BYTES else 0
 
 
 def declaration(matrix: int) -> str:
-    """Assembly that declares room for both look-up tables and a matrix of as many bytes, and gives its address."""
-    return f".shared .align 16 .b8 scratch[{TABLES + matrix}]; mov.u32 $0, scratch;"
+    """Assembly that declares the scratch (:func:`scratch_bytes`) and gives its address."""
+    return f".shared .align 16 .b8 scratch[{scratch_bytes(matrix)}]; mov.u32 $0, scratch;"
+
+
+def scratch_bytes(matrix: int) -> int:
+    """Room for both look-up tables, a matrix of as many bytes and, if there is one, angles."""
+    return TABLES + matrix + (ANGLES.value if matrix else 0)
 
 
 @triton.jit
@@ -102,6 +108,31 @@ def put(at, number, live):
             "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b16 [$1], $2; mov.b32 $0, 0; }", "=r,r,h,r",
             [at, number.to(tl.int16, bitcast=True), live.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def _put_word(at, word, live):
+    if INTERPRET:
+        tl.store(at.to(tl.pointer_type(tl.int32)), word, mask=live)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b32 [$1], $2; mov.b32 $0, 0; }", "=r,r,r,r",
+            [at, word, live.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def put_angles(at, a, words, WORDS: tl.constexpr):
+    """Store the words number ``a`` of angles [units, (cos, sin), 4 r, 4 k] so that cosines and sines of a lane are neighbours."""
+    to = ((a // 16) * 4 + (a // 2) % 4) * 4 + (a // 8) % 2 * 2 + a % 2
+    _put_word(at + to * 4, words, a < WORDS)
+
+
+@triton.jit
+def fetch_angles(at, unit, lane):
+    """Words of a unit's cosines (2) and sines (2), [32, 1] each."""
+    cos01, cos23, sin01, sin23 = _four_words(at + (unit * 4 + lane % 4) * 16)
+    return cos01[:, None], cos23[:, None], sin01[:, None], sin23[:, None]
 
 
 @triton.jit
@@ -193,11 +224,72 @@ def half_add(x, y):
 
 
 @triton.jit
-def key_row(key_index, key_value, key_count, at, entry, K_BASE: tl.constexpr):
-    """Entries of the own row of a block and head, and how many outliers it has, those in its chain included."""
-    number = tl.load(key_index + at * K_BASE + entry, mask=entry < K_BASE, other=0)
-    kept = tl.load(key_value + at * K_BASE + entry, mask=entry < K_BASE, other=0.0)
-    return number, kept, tl.load(key_count + at)
+def divergent_zero(upper):
+    """Zero, but the compiler cannot know that threads agree on it; ``upper`` is 65536.
+
+    Added to the address of a number that all threads share, it keeps that number out of uniform registers: moved there
+    at once, it would be waited for as soon as it is asked for.
+    """
+    if INTERPRET:
+        return 0
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; mov.u32 t, %tid.x; mul.hi.u32 $0, t, $1; }", "=r,r", [upper], dtype=tl.int32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def key_counts(key_count, spill_head, at):
+    """How many key outliers a block and head has, those in its chain included, and the chain's first chunk if there is one."""
+    return tl.load(key_count + at), tl.load(spill_head + at)
+
+
+@triton.jit
+def key_row(key_index, key_value, spill_index, spill_value, at, chunk, pair, count, K_BASE: tl.constexpr):
+    """Pairs of entries of the own row of a block and head, and behind them of its chain's first chunk: two words.
+
+    They stay words until they are needed (:func:`unsigned_half`, :func:`float_half`): taking one apart waits for it.
+    """
+    own = pair < K_BASE // 2
+    inside = own | (2 * pair < tl.minimum(count, K_BASE + 32))
+    row = at * (K_BASE // 2) + pair
+    behind = chunk.to(tl.int64) * 16 - K_BASE // 2 + pair
+    word: tl.constexpr = tl.pointer_type(tl.int32)
+    number = tl.where(own, key_index.to(word) + row, spill_index.to(word) + behind)
+    kept = tl.where(own, key_value.to(word) + row, spill_value.to(word) + behind)
+    return tl.load(number, mask=inside, other=0), tl.load(kept, mask=inside, other=0)
+
+
+@triton.jit
+def value_row(value_index, value_value, pair, end):
+    """Pairs of entries of a block's value outliers, from an even one; those from ``end`` on are not read."""
+    word: tl.constexpr = tl.pointer_type(tl.int32)
+    inside = pair * 2 < end
+    number = tl.load(value_index.to(word) + pair, mask=inside, other=0)
+    return number, tl.load(value_value.to(word) + pair, mask=inside, other=0)
+
+
+@triton.jit
+def unsigned_half(word, HALF: tl.constexpr):
+    """The lower or the upper unsigned number of words."""
+    return ((word >> (16 * HALF)) & 0xFFFF).to(tl.uint32)
+
+
+@triton.jit
+def float_half(word, DTYPE: tl.constexpr, HALF: tl.constexpr):
+    """The lower or the upper 16-bit float of words, fp32."""
+    if DTYPE == tl.bfloat16:
+        return (word & -65536 if HALF else word << 16).to(tl.float32, bitcast=True)
+    else:
+        return (second_half(word) if HALF else first_half(word)).to(tl.float32)
+
+
+@triton.jit
+def value_ends(value_end, at, h, H):
+    """Of a block whose ends begin at ``at``: this head's first entry and the one behind its last, and the block's last: 0 while it is open."""
+    ends = value_end + at
+    return tl.load(ends + h - 1, mask=h > 0, other=0), tl.load(ends + h), tl.load(ends + H - 1)
 
 
 @triton.jit
@@ -206,28 +298,43 @@ def key_entry(
     NP: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Addresses of key outliers (of those with ``entry`` below ``count``) and, in fp16, their differences to what code 0 decodes to, relative to the largest key."""
-    number = number.to(tl.uint16, bitcast=True).to(tl.uint32)
-    delta = kept.to(tl.float32) * inverse_size - tl.load(floor + number % D, mask=entry < count, other=0.0)
+    delta = kept * inverse_size - tl.load(floor + number % D, mask=entry < count, other=0.0)
     delta = tl.minimum(tl.maximum(delta, -LARGEST), LARGEST).to(tl.float16)
     return scratch + key_place(number, D, W, CPL, NP, R).to(tl.int32), delta
 
 
 @triton.jit
+def key_pair(
+    numbers, kept, pair, count, floor, inverse_size, scratch, DTYPE: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    CPL: tl.constexpr, NP: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """:func:`key_entry` of entries 2 ``pair`` and behind it (:func:`key_row`)."""
+    at0, delta0 = key_entry(
+        unsigned_half(numbers, 0), float_half(kept, DTYPE, 0), 2 * pair, count, floor, inverse_size, scratch, D, W,
+        CPL, NP, R,
+    )  # fmt: skip
+    at1, delta1 = key_entry(
+        unsigned_half(numbers, 1), float_half(kept, DTYPE, 1), 2 * pair + 1, count, floor, inverse_size, scratch, D, W,
+        CPL, NP, R,
+    )  # fmt: skip
+    return at0, at1, delta0, delta1
+
+
+@triton.jit
 def key_chain(
-    count, head, spill_next, spill_index, spill_value, floor, inverse_size, scratch, D: tl.constexpr, W: tl.constexpr,
+    count, chunk, spill_next, spill_index, spill_value, floor, inverse_size, scratch, D: tl.constexpr, W: tl.constexpr,
     CPL: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
-    """Store the ``count`` outliers that the block's own row had no room for, or zeros in their places."""
+    """Store the ``count`` outliers behind a block's first ``chunk`` of further ones, or zeros in their places."""
     entry = tl.arange(0, 32)
-    chunk = head.to(tl.int64)
     for i in range(0, count, 32):
-        live = entry < count - i
-        number = tl.load(spill_index + chunk * 32 + entry)
-        kept = tl.load(spill_value + chunk * 32 + entry)
+        chunk = tl.load(spill_next + chunk)
+        at = chunk.to(tl.int64) * 32 + entry
+        number = tl.load(spill_index + at, mask=entry < count - i, other=0)
+        number = number.to(tl.uint16, bitcast=True).to(tl.uint32)
+        kept = tl.load(spill_value + at, mask=entry < count - i, other=0.0).to(tl.float32)
         at, delta = key_entry(number, kept, entry, count - i, floor, inverse_size, scratch, D, W, CPL, NP, R)
-        put(at, tl.zeros_like(delta) if CLEAR else delta, live)
-        if i + 32 < count:
-            chunk = tl.load(spill_next + chunk).to(tl.int64)
+        put(at, tl.zeros_like(delta) if CLEAR else delta, entry < count - i)
 
 
 @triton.jit
@@ -247,10 +354,28 @@ def value_entry(
 
     ``zero``, ``scale`` of the block's tokens lie ``stride`` apart.
     """
-    number = number.to(tl.uint16, bitcast=True).to(tl.uint32)
     t = number // D
     delta = _value_delta(kept, t, live, zero, scale, stride, v_first, inverse_size)
     return scratch + value_place(t, number % D, D, W, NP, UPG, S).to(tl.int32), delta
+
+
+@triton.jit
+def value_pair(
+    numbers, kept, first, begin, end, closed, zero, scale, stride, v_first, inverse_size, scratch, DTYPE: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, NP: tl.constexpr, UPG: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """:func:`value_entry` of the entries ``first`` and behind it, and which of them are there."""
+    live0 = (first >= begin) & (first < end) & closed
+    live1 = (first + 1 >= begin) & (first + 1 < end) & closed
+    at0, delta0 = value_entry(
+        unsigned_half(numbers, 0), float_half(kept, DTYPE, 0), live0, zero, scale, stride, v_first, inverse_size,
+        scratch, D, W, NP, UPG, S,
+    )  # fmt: skip
+    at1, delta1 = value_entry(
+        unsigned_half(numbers, 1), float_half(kept, DTYPE, 1), live1, zero, scale, stride, v_first, inverse_size,
+        scratch, D, W, NP, UPG, S,
+    )  # fmt: skip
+    return at0, at1, delta0, delta1, live0, live1
 
 
 @triton.jit

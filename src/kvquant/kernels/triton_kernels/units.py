@@ -22,13 +22,13 @@ from kvquant.kernels.triton_kernels.scratch import fetch_keys, fetch_values, hal
 
 @triton.jit
 def unit_scores(
-    scores, word, third, tables, centroids, upper, x_affine, y_affine, x, y, turn, base, differences,
+    scores, word, third, tables, centroids, upper, x_affine, y_affine, x, y, turn, angle, differences,
     SHIFT: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, HALF_QUERY: tl.constexpr,
     SCATTER: tl.constexpr,
 ):  # fmt: skip
     """Scores of 16 N tokens, [16 N, GP], with one unit of their keys more: eight channels of each of four lanes.
 
-    Keys are rotated by their place among these, the query is turned back by the angle ``base`` of the first; with more
+    Keys are rotated by their place among these, the query is turned back by the angle of the first (:func:`unit_angle`); with more
     care if its own dtype is as fine as what it is turned in.
     """
     sx01, sx23, zx01, zx23 = x_affine
@@ -46,14 +46,22 @@ def unit_scores(
     y01, y23 = y
     if ROTATED:
         l01, l23, k01, k23 = turned(l01, l23, k01, k23, turn[0], turn[1], turn[2], turn[3])
-        cos01, cos23 = two_words(tl.load(base)[:, None])
-        sin01, sin23 = two_words(tl.load(base + 4)[:, None])
+        cos01, cos23, sin01, sin23 = angle
         if HALF_QUERY:
             x01, x23, y01, y23 = turned_once_rounded(x01, x23, y01, y23, cos01, cos23, sin01, sin23)
         else:
             x01, x23, y01, y23 = turned(x01, x23, y01, y23, cos01, cos23, sin01, sin23)
     scores = tl.dot(key_side(k01, k23, N), query_side(x01, x23, NG), scores)
     return tl.dot(key_side(l01, l23, N), query_side(y01, y23, NG), scores)
+
+
+@triton.jit
+def unit_angle(bases, unit, lane):
+    """Words of a unit's cosines (2) and sines (2) at the first of some rows, [32, 1] each, straight from the table."""
+    base = bases.to(tl.pointer_type(tl.int64)) + unit * 8 + lane % 4
+    cos01, cos23 = two_words(tl.load(base)[:, None])
+    sin01, sin23 = two_words(tl.load(base + 4)[:, None])
+    return cos01, cos23, sin01, sin23
 
 
 @triton.jit
