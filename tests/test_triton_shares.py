@@ -16,6 +16,7 @@ import pytest
 import torch
 
 SRC = Path(__file__).resolve().parent.parent / "src"
+FEWEST_BLOCKS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Case:
     block_size: int = 64
     window: int | None = None
     sink_tokens: int = 0
+    at_once: int = 1 << 20
 
 
 CASES = {
@@ -38,6 +40,8 @@ CASES = {
     "more sequences than lengths looked at once": Case(tuple(range(1, 700, 7)), 130, block_size=16),
     "nothing but sinks": Case((2, 30), 4, sink_tokens=64),
     "nothing stored beside": Case((0, 130, 0), 5),
+    "more programs than at once": Case((1000, 130, 70, 4), 64, at_once=6),
+    "enough for a few blocks each": Case((64 * 40, 64 * 5), 45, at_once=20),
 }
 
 
@@ -46,8 +50,9 @@ def check(case: Case, device: str) -> None:
 
     lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
     made = share_blocks(
-        lengths, case.programs, case.block_size, window=case.window, sink_tokens=case.sink_tokens
-    )
+        lengths, case.programs, case.block_size, at_once=case.at_once, fewest_blocks=FEWEST_BLOCKS,
+        window=case.window, sink_tokens=case.sink_tokens,
+    )  # fmt: skip
     shares, parts = (x.tolist() for x in made)
     visible = []
     for length in case.lengths:
@@ -66,9 +71,11 @@ def check(case: Case, device: str) -> None:
     # The largest go first, the last one of a sequence alone may be smaller.
     leaders = sorted((first, shares[first][2] - shares[first][1]) for first, count in parts if count)
     assert [size for _, size in leaders] == sorted((size for _, size in leaders), reverse=True)
-    # With one block less for each program there would not be enough of them.
+    # With one block less for each program there would not be enough of them, or they would not be worth a start.
     largest = max(sizes, default=1)
-    assert largest == 1 or sum(-(-len(v) // (largest - 1)) for v in visible) > case.programs
+    worth = min(FEWEST_BLOCKS, -(-sum(map(len, visible)) // case.at_once))
+    assert largest <= max(1, worth) or sum(-(-len(v) // (largest - 1)) for v in visible) > case.programs
+    assert max(map(len, visible)) < worth or largest >= worth
 
 
 def test_every_block_has_one_program_in_the_interpreter() -> None:
@@ -85,26 +92,27 @@ def test_every_block_has_one_program_on_a_gpu(case: Case) -> None:
 
 def test_programs_fill_whole_rounds_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from kvquant.kernels.triton_kernels.shares import programs_for
+    from kvquant.kernels.triton_kernels.shares import places_of, programs_for
 
     class Device:
         multi_processor_count = 132
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Device())
-    device = torch.device("cuda")
-    # Sequences, KV heads and columns to rounds of 6 * 132 programs: one for short ones, two for long ones.
+    places = places_of(6, torch.device("cuda"))
+    assert places == 792
+    # Sequences, KV heads and columns to rounds: none with less than three blocks a program, four at most.
     for sequences, heads, columns, rounds in (
-        (8, 8, 512, 1),
-        (16, 8, 512, 2),
-        (32, 8, 32, 1),
+        (8, 8, 512, 4),
+        (32, 8, 32, 3),
         (1, 8, 512, 1),
+        (8, 8, 32, 1),
     ):
-        programs = programs_for(sequences, heads, columns, 6, device)
+        programs = programs_for(sequences, heads, columns, places, FEWEST_BLOCKS)
         even = programs // sequences * sequences * heads
-        assert 0.9 * rounds * 792 <= even <= rounds * 792
+        assert 0.9 * rounds * places <= even <= rounds * places
     # Never more than blocks, never less than sequences.
-    assert programs_for(2, 8, 3, 6, device) == 6
-    assert 2 * 4096 <= programs_for(4096, 8, 512, 6, device) < 3 * 4096
+    assert programs_for(2, 8, 3, places, FEWEST_BLOCKS) == 6
+    assert 2 * 4096 <= programs_for(4096, 8, 512, places, FEWEST_BLOCKS) < 3 * 4096
 
 
 if __name__ == "__main__":

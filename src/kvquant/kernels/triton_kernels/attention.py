@@ -15,7 +15,7 @@ from kvquant.kernels.triton_kernels import decode, merge, prepare, scratch
 from kvquant.kernels.triton_kernels.exact_decode import attend_exact_decode, exact_refusal
 from kvquant.kernels.triton_kernels.lookup import INTERPRET
 from kvquant.kernels.triton_kernels.prefill import attend_prefill, prefill_refusal
-from kvquant.kernels.triton_kernels.shares import empty_shares, padded, programs_for
+from kvquant.kernels.triton_kernels.shares import empty_shares, padded, places_of, programs_for
 from kvquant.packing import packed_row_bytes, plane_widths
 from kvquant.ragged import RaggedStep
 
@@ -23,6 +23,9 @@ DECODE_BITS = (2, 3, 4)
 # Six programs of 64 threads share a multiprocessor with as many registers each. Eight with 128 took as long on an H100,
 # but some are spilled then.
 _REGISTERS, _RESIDENT = 168, 6
+# Of a program. H200, 4 bits, us of a call at 1, 2, 3, 4 rounds of programs: 297, 272, 260, 264 where a place has 41 blocks,
+# 98, 90, 86, 86 where it has ten, but 54, 57, 62, 64 where it has five.
+_FEWEST_BLOCKS = 3
 
 
 def attend(
@@ -161,7 +164,8 @@ def attend_decode(
     G = Hq // H
     GP = max(8, triton.next_power_of_2(G))  # columns of a tensor core's product
     device, fp32 = query.device, torch.float32
-    programs = max(B, programs or programs_for(B, H, M, _RESIDENT, device))
+    places = places_of(_RESIDENT, device)
+    programs = max(B, programs or programs_for(B, H, M, places, _FEWEST_BLOCKS))
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     q = query.contiguous()
     factor = softmax_scale if softcap is not None else softmax_scale * decode.LOG2E.value
@@ -183,6 +187,7 @@ def attend_decode(
         layer.key_bits,
         layer.value_bits,
         programs,
+        max(1, places // H),
         window,
         sink_tokens,
     )
@@ -238,6 +243,7 @@ def _prepare(
     bits: int,
     value_bits: int,
     programs: int,
+    at_once: int,
     window: int | None,
     sink_tokens: int,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -267,10 +273,10 @@ def _prepare(
     tables = (constants.key_zero,) * 4 if rope is None else tuple(rope)
     prepare._prepare_kernel[(B + BH + (0 if rope is None else rows) + bases,)](
         query, constants.key_zero, constants.key_scale, constants.key_centroids, constants.value_centroids, *tables, kv_lengths, *prepared, shares, parts,
-        BH, H, blocks_per_tile * block_size // rows, float(factor), programs, window or 0, sink_tokens,
+        BH, H, blocks_per_tile * block_size // rows, float(factor), programs, at_once, window or 0, sink_tokens,
         G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,
         CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, BS=block_size,
-        SEQUENCES=padded(B), HAS_WINDOW=window is not None, num_warps=4,
+        SEQUENCES=padded(B), FEWEST=_FEWEST_BLOCKS, HAS_WINDOW=window is not None, num_warps=4,
     )  # fmt: skip
     return (*prepared, shares), parts
 

@@ -42,9 +42,9 @@ from kvquant.kernels.triton_kernels.outlier_products import key_products, value_
 from kvquant.kernels.triton_kernels.scratch import (
     ahead,
     allocate,
+    divergent_zero,
     fetch_angles,
     fetch_tables,
-    divergent_zero,
     key_chain,
     key_counts,
     key_pair,
@@ -56,7 +56,13 @@ from kvquant.kernels.triton_kernels.scratch import (
     value_rest,
     value_row,
 )
-from kvquant.kernels.triton_kernels.units import unit_angle, unit_codes, unit_differences, unit_scores, unit_sums
+from kvquant.kernels.triton_kernels.units import (
+    unit_angle,
+    unit_codes,
+    unit_differences,
+    unit_scores,
+    unit_sums,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 WEIGHT_BITS = tl.constexpr(10.0)  # weights are at most 2^10: fp16 holds smaller ones so
@@ -205,7 +211,9 @@ def _decode_kernel(
         )
     if STAGED:
         own_angles = base_words + begin * ANGLE_WORDS + angle_word
-        put_angles(angles_at, angle_word, tl.load(own_angles, mask=angle_word < ANGLE_WORDS, other=0), ANGLE_WORDS)
+        put_angles(
+            angles_at, angle_word, tl.load(own_angles, mask=angle_word < ANGLE_WORDS, other=0), ANGLE_WORDS
+        )
     if V_ENTRIES > 0:
         coming_begin, coming_end, coming_closed = value_ends(value_end, block * H + apart, h, H)
     codes, third = load_words(
@@ -235,9 +243,6 @@ def _decode_kernel(
         if K_SCATTER:
             coming_count, coming_chunk = key_counts(key_count, spill_head, coming * H + h + apart)
         base = base_words + column * ANGLE_WORDS
-        if STAGED:
-            coming_angles = base_words + tl.minimum(column + 1, end - 1) * ANGLE_WORDS + angle_word
-            coming_angles = tl.load(coming_angles, mask=angle_word < ANGLE_WORDS, other=0)
 
         # -- scores [BS, GP], in units of the largest key times the largest query ---------------------------------
         if K_SCATTER:
@@ -353,8 +358,19 @@ def _decode_kernel(
         if K_SCATTER:
             k_count, k_chunk = coming_count, coming_chunk
             k_number, k_kept = key_row(
-                key_index, key_value, spill_index, spill_value, coming * H + h, k_chunk, k_pair, k_count, K_BASE
+                key_index,
+                key_value,
+                spill_index,
+                spill_value,
+                coming * H + h,
+                k_chunk,
+                k_pair,
+                k_count,
+                K_BASE,
             )
+        if STAGED:
+            coming_angles = base_words + tl.minimum(column + 1, end - 1) * ANGLE_WORDS + angle_word
+            coming_angles = tl.load(coming_angles, mask=angle_word < ANGLE_WORDS, other=0)
         codes, third = load_words(
             key_codes + (coming * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS,
             not key_inside, KB, 8, 32, R,

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from kvquant.kernels import ExactStore, Rope, StoredLayer
 from kvquant.kernels.triton_kernels import decode, merge
-from kvquant.kernels.triton_kernels.shares import programs_for, share_blocks
+from kvquant.kernels.triton_kernels.shares import places_of, programs_for, share_blocks
 
 # Programs of a round for each multiprocessor: it holds four at once, twice over.
 _RESIDENT = 8
+_FEWEST_BLOCKS = 32  # of a program; these take equally long
 # For 8192 numbers of a block and head; what is prefetched must leave room in shared memory.
 _WARPS, _STAGES, _PREFETCH_BYTES = 4, 3, 64 << 10
 
@@ -177,8 +178,16 @@ def attend_exact_decode(
     H, M = keys.shape[1], block_table.shape[1]
     G = Hq // H
     GP = max(2, triton.next_power_of_2(G))
-    programs = max(B, programs or programs_for(B, H, M, _RESIDENT, query.device))
-    shares, parts = share_blocks(kv_lengths, programs, block_size, window=window)
+    places = places_of(_RESIDENT, query.device)
+    programs = max(B, programs or programs_for(B, H, M, places, _FEWEST_BLOCKS))
+    shares, parts = share_blocks(
+        kv_lengths,
+        programs,
+        block_size,
+        at_once=max(1, places // H),
+        fewest_blocks=_FEWEST_BLOCKS,
+        window=window,
+    )
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     query = query.contiguous()
     device, fp32 = query.device, torch.float32

@@ -32,7 +32,7 @@ def _store_table(look_up, centroids, BITS: tl.constexpr):
             tl.store(look_up + 8 + copy * 4 + k, t[4 + k])
 
 
-@triton.jit(do_not_specialize=["programs", "window", "sink_tokens"])
+@triton.jit(do_not_specialize=["programs", "at_once", "window", "sink_tokens"])
 def _prepare_kernel(
     # [B, H, G, D]; [H, D] twice; centroids; rotary tables fp32 [>= BS, D/2] twice, [tiles, D/2] twice
     query, key_zero, key_scale, key_centroids, value_centroids, offset_cos, offset_sin, base_cos, base_sin, kv_lengths,
@@ -41,10 +41,10 @@ def _prepare_kernel(
     # [units, ROWS / 16, 64 threads, (cos, sin) * 4 k], [M, units, (cos, sin), 4 r, 4 k], fp32 [M, (cos, sin), D/2],
     # int32 [(keys, values), (low, high bytes), 2 copies, 4], shares and parts (shares.py); M counts ROWS tokens each
     q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up, shares, parts,
-    heads, H, bpt, factor, programs, window, sink_tokens,
+    heads, H, bpt, factor, programs, at_once, window, sink_tokens,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
     CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BS: tl.constexpr,
-    SEQUENCES: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """A program for each sequence, each (sequence, KV head), each of ROWS rows of the table of places, and each ROWS tokens.
 
@@ -68,7 +68,19 @@ def _prepare_kernel(
     if program < 0:
         b = program + sequences
         store_shares(
-            b, kv_lengths, shares, parts, sequences, programs, window, sink_tokens, BS, SEQUENCES, HAS_WINDOW
+            b,
+            kv_lengths,
+            shares,
+            parts,
+            sequences,
+            programs,
+            at_once,
+            window,
+            sink_tokens,
+            BS,
+            SEQUENCES,
+            FEWEST,
+            HAS_WINDOW,
         )
     elif program < heads:
         if program == 0:

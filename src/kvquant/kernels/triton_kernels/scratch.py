@@ -279,7 +279,7 @@ def unsigned_half(word, HALF: tl.constexpr):
 @triton.jit
 def float_half(word, DTYPE: tl.constexpr, HALF: tl.constexpr):
     """The lower or the upper 16-bit float of words, fp32."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         return (word & -65536 if HALF else word << 16).to(tl.float32, bitcast=True)
     else:
         return (second_half(word) if HALF else first_half(word)).to(tl.float32)

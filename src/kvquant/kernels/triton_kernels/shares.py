@@ -15,17 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Above so many blocks for each program that a device holds at once, two rounds of programs balance better than one and
-# what they cost (a start is worth about a block, and a part to merge) does not show.
-_BLOCKS_OF_TWO_ROUNDS = 64
+# Rounds of programs at most: what they take evens out by then.
+_MOST_ROUNDS = 4
 
 
 @triton.jit
 def store_shares(
-    b, kv_lengths, shares, parts, sequences, programs, window, sink_tokens,
-    BS: tl.constexpr, SEQUENCES: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    b, kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
+    BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Write the shares of sequence ``b``, one program's work; each looks at the lengths of all.
+
+    Where lengths are far below those that ``programs`` was chosen for, not all of them start: shares have FEWEST blocks at
+    least, unless smaller ones keep ``at_once`` programs busy.
 
     ``shares``, int32 [programs, 4]: sequence, first block, block behind the last one of each program, and nothing.
     ``parts``, int32 [sequences, 2]: first program, number of programs of each sequence.
@@ -39,9 +41,10 @@ def store_shares(
     blocks = tl.cdiv(length, BS) - start
     # Halving between what all programs together need, and what certainly does: sequences round up to a program each.
     every = tl.sum(blocks, 0)
-    fewest = tl.maximum(tl.cdiv(every, programs), 1)
+    least = tl.maximum(tl.minimum(tl.cdiv(every, at_once), FEWEST), 1)
+    fewest = tl.maximum(tl.cdiv(every, programs), least)
     certain = tl.where(programs > sequences, tl.cdiv(every, tl.maximum(programs - sequences, 1)), every)
-    enough = tl.maximum(tl.minimum(tl.max(blocks, 0), certain), 1)
+    enough = tl.maximum(tl.minimum(tl.max(blocks, 0), certain), fewest)
     while fewest < enough:
         middle = (fewest + enough) // 2
         fits = tl.sum(tl.cdiv(blocks, middle), 0) <= programs
@@ -74,13 +77,14 @@ def store_shares(
                 tl.store(at + field, tl.zeros_like(n), mask=s + n < programs)
 
 
-@triton.jit(do_not_specialize=["sequences", "programs", "window", "sink_tokens"])
+@triton.jit(do_not_specialize=["sequences", "programs", "at_once", "window", "sink_tokens"])
 def _shares_kernel(
-    kv_lengths, shares, parts, sequences, programs, window, sink_tokens,
-    BS: tl.constexpr, SEQUENCES: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
+    BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     store_shares(
-        tl.program_id(0), kv_lengths, shares, parts, sequences, programs, window, sink_tokens, BS, SEQUENCES, HAS_WINDOW
+        tl.program_id(0), kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
+        BS, SEQUENCES, FEWEST, HAS_WINDOW,
     )  # fmt: skip
 
 
@@ -91,14 +95,30 @@ def empty_shares(sequences: int, programs: int, device: torch.device) -> tuple[T
 
 
 def share_blocks(
-    kv_lengths: Tensor, programs: int, block_size: int, *, window: int | None = None, sink_tokens: int = 0
+    kv_lengths: Tensor,
+    programs: int,
+    block_size: int,
+    *,
+    at_once: int,
+    fewest_blocks: int,
+    window: int | None = None,
+    sink_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Share the blocks of a batch among ``programs`` (at least one per sequence): shares and parts, int32."""
+    """Share the blocks of a batch among programs: shares and parts, int32.
+
+    Args:
+        kv_lengths: tokens of each sequence, int32 [B].
+        programs: for each KV head, at least one per sequence.
+        block_size: tokens of a block.
+        at_once, fewest_blocks: see :func:`store_shares`.
+        window: sliding window in tokens, or None.
+        sink_tokens: first tokens that are kept apart.
+    """
     sequences = kv_lengths.shape[0]
     shares, parts = empty_shares(sequences, programs, kv_lengths.device)
     _shares_kernel[(sequences,)](
-        kv_lengths, shares, parts, sequences, programs, window or 0, sink_tokens,
-        BS=block_size, SEQUENCES=padded(sequences), HAS_WINDOW=window is not None, num_warps=1,
+        kv_lengths, shares, parts, sequences, programs, at_once, window or 0, sink_tokens,
+        BS=block_size, SEQUENCES=padded(sequences), FEWEST=fewest_blocks, HAS_WINDOW=window is not None, num_warps=1,
     )  # fmt: skip
     return shares, parts
 
@@ -108,21 +128,26 @@ def padded(sequences: int) -> int:
     return max(64, triton.next_power_of_2(sequences))
 
 
-def programs_for(sequences: int, heads: int, columns: int, resident: int, device: torch.device) -> int:
+def places_of(resident: int, device: torch.device) -> int:
+    """Programs that a device holds at once, ``resident`` on each multiprocessor."""
+    if device.type != "cuda":
+        return resident
+    return resident * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs_for(sequences: int, heads: int, columns: int, places: int, fewest_blocks: int) -> int:
     """Programs for each KV head of a call over ``sequences`` of up to ``columns`` blocks.
 
-    Of ``resident`` programs for each multiprocessor a whole number of rounds, or just below it: 1.03 rounds take the
-    time of two (measured), so that of the first few numbers of rounds the smallest is chosen that sequences of one
-    length nearly fill.
+    A whole number of rounds of ``places`` programs, or just below it: 1.03 rounds take the time of two (measured), so
+    that of the first few numbers of rounds the smallest is chosen that sequences of one length nearly fill. Several
+    rounds of short programs end more evenly than one of long ones, which outliers make unequal; a program has
+    ``fewest_blocks`` at least, or a start and a part to merge cost more than that gains.
     """
-    processors = (
-        1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-    )
-    places = processors * resident
-    fewest = 1
-    if sequences * heads * columns >= _BLOCKS_OF_TWO_ROUNDS * places:
-        fewest = max(2, -(-2 * sequences * heads // places))
-    fewest = max(fewest, -(-sequences * heads // places))
+    blocks = sequences * heads * columns / places
+    fewest = max(1, min(_MOST_ROUNDS, int(blocks / fewest_blocks)))
+    # Two for each sequence where they are long, or lengths that differ could not even out.
+    each_gets = 2 if columns >= 2 * fewest_blocks else 1
+    fewest = max(fewest, -(-each_gets * sequences * heads // places))
     most = sequences * columns
 
     def filled(rounds: int) -> float:
