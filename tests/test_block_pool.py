@@ -489,11 +489,27 @@ def test_forks_part_ways(pool):
                 assert torch.equal(x, truth)
 
 
-def test_everything_freed_is_as_good_as_new(pool):
+@pytest.mark.parametrize("how", ["one by one", "all at once"])
+def test_everything_freed_is_as_good_as_new(pool, how):
     empty = make_pool(chunks=40)
     assert pool.bytes_held > empty.bytes_held
-    for row in list(pool.sequences):
-        pool.free(row)
+    if how == "all at once":
+        pool.reserve(list(pool.sequences)[:1], [3])  # a call that was begun is given up
+        pool.free_all()
+    else:
+        for row in list(pool.sequences):
+            pool.free(row)
+    assert pool.sequences == [] and sorted(pool._free_rows) == sorted(empty._free_rows)
+    for layer in range(LAYERS):
+        assert sorted(free_chunks(pool, layer)) == sorted(free_chunks(empty, layer))
+        assert not pool.layers[layer].keys.outlier_count.any()
+    tokens = list(range(20))
+    row = pool.add_sequence()
+    append(pool, row, tokens)
+    for layer in range(LAYERS):
+        for x, truth in zip(content(pool, layer, row), fresh_content(layer, tuple(tokens)), strict=True):
+            assert torch.equal(x, truth)
+    pool.free(row)
     assert (pool.bytes_held, pool.bytes_free) == (empty.bytes_held, empty.bytes_free)
     # What cannot be given back: the tables and counters themselves.
     assert empty.bytes_held == sum(t.nbytes for t in (empty.block_table, empty.spill_top, empty.error))

@@ -140,6 +140,16 @@ class BlockPool:
         del self._lengths[row], self._passed[row]
         heapq.heappush(self._free_rows, row)
 
+    def free_all(self) -> None:
+        """Close every sequence; unlike :meth:`free` it waits for nothing."""
+        self.rollback()
+        for row, blocks in self._blocks.items():
+            self._ids.drop(blocks)
+            heapq.heappush(self._free_rows, row)
+        for held in (self._blocks, self._lengths, self._passed):
+            held.clear()
+        self.storage.release_all_blocks()
+
     def fork(self, row: int) -> int:
         """Open a sequence that shares the full blocks of ``row`` and copies its open one; returns the new row.
 

@@ -61,10 +61,7 @@ class BlockStorage:
         }
         self.spill_top = torch.full((L, 1), self.num_chunks, dtype=torch.int32, device=device)
         self.error = torch.zeros(L, 2, dtype=torch.int64, device=device)
-        if self.num_chunks:
-            # Popped from the top: the lowest ids go first.
-            stack = torch.arange(self.num_chunks - 1, -1, -1, dtype=torch.int32, device=device)
-            self.tensors["spill_free"].copy_(stack.expand(L, -1))
+        self._free_all_chunks()
         self.layers = [self._layer(index) for index in range(L)]
 
     def _layer(self, index: int) -> LayerStore:
@@ -141,7 +138,20 @@ class BlockStorage:
     def release_blocks(self, blocks: list[int]) -> None:
         """Give back the spill chunks of blocks that nobody holds any more."""
         if blocks and self.layout.chains_outliers:
-            spill_chains.release(self.layers, blocks)
+            spill_chains.release(self.tensors, self.spill_top, blocks)
+
+    def release_all_blocks(self) -> None:
+        """:meth:`release_blocks` of every block, without asking the device what they hold."""
+        if self.layout.chains_outliers:
+            self.tensors["key_outlier_count"].zero_()
+            self._free_all_chunks()
+
+    def _free_all_chunks(self) -> None:
+        if self.num_chunks:
+            # Popped from the top: the lowest ids go first.
+            stack = torch.arange(self.num_chunks - 1, -1, -1, dtype=torch.int32, device=self.spill_top.device)
+            self.tensors["spill_free"].copy_(stack.expand_as(self.tensors["spill_free"]))
+            self.spill_top.fill_(self.num_chunks)
 
     def first_error(self, layer_numbers: Sequence[int]) -> Exception | None:
         """Read the error words, the one place that does, and say what the first one found means.

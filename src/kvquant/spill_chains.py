@@ -20,10 +20,14 @@ def _key_stores(layers: Sequence[LayerStore]) -> Iterator[KeyStore]:
         yield layer.keys
 
 
-def _chain_lengths(store: KeyStore, counts: Tensor) -> Tensor:
-    """Chunks behind rows that hold ``counts`` outliers."""
-    beyond = counts - store.outlier_index.shape[-1]
+def _chain_lengths(counts: Tensor, base: int) -> Tensor:
+    """Chunks behind rows that hold ``counts`` outliers, ``base`` of them on their own."""
+    beyond = counts - base
     return torch.div(beyond + SPILL_ENTRIES - 1, SPILL_ENTRIES, rounding_mode="floor").clamp(min=0)
+
+
+def _lengths_of(store: KeyStore, counts: Tensor) -> Tensor:
+    return _chain_lengths(counts, store.outlier_index.shape[-1])
 
 
 def _chunks(store: KeyStore, heads: Tensor, first: Tensor, last: Tensor) -> Tensor:
@@ -44,22 +48,39 @@ def _push(store: KeyStore, chunks: Tensor) -> None:
 def count(layers: Sequence[LayerStore], blocks: Sequence[int]) -> Tensor:
     """How many spill chunks each layer keeps behind some blocks, int64 [L]."""
     ids = list(blocks)
-    return torch.stack([_chain_lengths(s, s.outlier_count[ids]).sum() for s in _key_stores(layers)]).long()
+    return torch.stack([_lengths_of(s, s.outlier_count[ids]).sum() for s in _key_stores(layers)]).long()
 
 
-def release(layers: Sequence[LayerStore], blocks: list[int]) -> None:
-    """Return all spill chunks of some blocks to the free stacks."""
-    for store in _key_stores(layers):
-        lengths = _chain_lengths(store, store.outlier_count[blocks]).flatten()
-        _push(store, _chunks(store, store.spill_head[blocks].flatten(), torch.zeros_like(lengths), lengths))
-        store.outlier_count[blocks] = 0
+def release(tensors: dict[str, Tensor], spill_top: Tensor, blocks: list[int]) -> None:
+    """Return all spill chunks of some blocks to the free stacks, of all layers at once.
+
+    Waits for the device once, and once for each chunk of the longest chain, however many layers there are.
+
+    Args:
+        tensors: of the pool's layers, [L, ...] each.
+        spill_top: height of each layer's stack, int32 [L, 1]; updated.
+        blocks: distinct ids.
+    """
+    ids = torch.tensor(blocks, device=spill_top.device)
+    base = tensors["key_outlier_index"].shape[-1]
+    lengths = _chain_lengths(tensors["key_outlier_count"][:, ids], base).flatten(1)  # [L, blocks * heads]
+    chunk = tensors["spill_head"][:, ids].flatten(1).to(torch.int64)
+    for level in range(int(lengths.max()) if lengths.numel() else 0):
+        taken = level < lengths
+        layer, entry = taken.nonzero(as_tuple=True)
+        place = spill_top + taken.cumsum(1) - 1
+        tensors["spill_free"][layer, place[layer, entry]] = chunk[layer, entry].to(torch.int32)
+        spill_top += taken.sum(1, keepdim=True)
+        # Of a chain that has ended the head may be anything that was once a chunk: it leads to some chunk.
+        chunk = tensors["spill_next"].gather(1, chunk).to(torch.int64)
+    tensors["key_outlier_count"][:, ids] = 0
 
 
 def crop(layers: Sequence[LayerStore], block: int, tokens: int, head_dim: int) -> None:
     """Drop the outliers of slots from ``tokens`` on in one block."""
     for store in _key_stores(layers):
         base, count, head = store.outlier_index.shape[-1], store.outlier_count[block], store.spill_head[block]
-        old = _chain_lengths(store, count)
+        old = _lengths_of(store, count)
         limit = tokens * head_dim
         kept = _entries_below(store.outlier_index[block], count, limit)
         chunk = head.to(torch.int64)
@@ -67,7 +88,7 @@ def crop(layers: Sequence[LayerStore], block: int, tokens: int, head_dim: int) -
             left = count - base - level * SPILL_ENTRIES
             kept = kept + _entries_below(store.spill_index[chunk], left, limit)
             chunk = store.spill_next[chunk].to(torch.int64)
-        _push(store, _chunks(store, head, _chain_lengths(store, kept), old))
+        _push(store, _chunks(store, head, _lengths_of(store, kept), old))
         store.outlier_count[block] = kept.to(torch.int32)
 
 
@@ -80,7 +101,7 @@ def _entries_below(index: Tensor, count: Tensor, limit: int) -> Tensor:
 def copy(layers: Sequence[LayerStore], source: int, target: int) -> bool:
     """Give a copied block chains of its own; returns False, with nothing taken, when chunks run out."""
     stores = list(_key_stores(layers))
-    needed = [_chain_lengths(store, store.outlier_count[source]) for store in stores]
+    needed = [_lengths_of(store, store.outlier_count[source]) for store in stores]
     if any(int(n.sum()) > int(store.spill_top) for store, n in zip(stores, needed, strict=True)):
         return False
     for store, lengths in zip(stores, needed, strict=True):

@@ -157,8 +157,9 @@ class StoredSequences:
 
     def reset(self) -> None:
         """Forget every sequence; the pool stays."""
-        for row in list(self.rows):
-            self.free(row)
+        for pool in self._pools:
+            pool.free_all()
+        self.rows.clear()
 
     # ---- bytes -----------------------------------------------------------------------------------------------
 
