@@ -16,8 +16,9 @@ code 0 decodes to, through a matrix in shared memory that threads scatter them i
 inside, relative to the largest key and query of the head, so that bf16 ranges cannot overflow; what depends on neither
 block nor token is prepared once per call (prepare.py).
 
-What a block waits for is asked for before: its number, codes and outliers of keys while the block before is worked on,
-codes of values by a prefetch into the L2 cache.
+What a block would wait for is asked for before: its number two blocks ahead; one ahead, into registers, codes and
+outliers of its keys, where its outliers of values begin, and angles, which go on through shared memory. Codes come
+from memory by a prefetch before that, into the L2 cache: those of keys two blocks ahead, those of values one.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
@@ -28,33 +29,36 @@ import triton.language as tl
 
 from kvquant.kernels.triton_kernels.fragments import (
     all_rows,
-    channel_of_row,
+    any_row,
     column_of,
     four_columns,
     load_words,
+    over_rows,
     row_groups,
     rows_of,
     score_side,
     stack,
     two_words,
 )
+from kvquant.kernels.triton_kernels.merge import store_part
+from kvquant.kernels.triton_kernels.outlier_entries import (
+    key_chain,
+    key_counts,
+    key_pair,
+    key_row,
+    value_ends,
+    value_pair,
+    value_rest,
+    value_row,
+)
 from kvquant.kernels.triton_kernels.outlier_products import key_products, value_products
 from kvquant.kernels.triton_kernels.scratch import (
     ahead,
     allocate,
     divergent_zero,
-    fetch_angles,
     fetch_tables,
-    key_chain,
-    key_counts,
-    key_pair,
-    key_row,
     put,
     put_angles,
-    value_ends,
-    value_pair,
-    value_rest,
-    value_row,
 )
 from kvquant.kernels.triton_kernels.units import (
     unit_angle,
@@ -70,30 +74,8 @@ WARPS = 2  # the tensors of 64 threads are made for it
 
 
 @triton.jit
-def _store_part(
-    part_out, at_part, acc, G: tl.constexpr, GP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    UPG: tl.constexpr, NP: tl.constexpr,
-):  # fmt: skip
-    channels = channel_of_row(tl.arange(0, 64), PART, D, W, UPG, NP)[:, None]
-    inside = (tl.arange(0, GP)[None, :] < G) & (channels < D)
-    tl.store(part_out + at_part[None, :] * D + channels, acc, mask=inside)
-
-
-@triton.jit
 def _larger_of_both(a, b, c, d):
     return tl.maximum(a, c), tl.maximum(b, d)
-
-
-@triton.jit
-def _over_rows(x, BS: tl.constexpr, GP: tl.constexpr):
-    """Sums over the rows that one thread holds, [2 warps, 8, GP]."""
-    return tl.sum(tl.sum(tl.reshape(x, (BS // 32, 2, 2, 8, GP)), 2), 0)
-
-
-@triton.jit
-def _any_row(x, BS: tl.constexpr, GP: tl.constexpr):
-    """What all rows have in common, in the shape of :func:`_over_rows`: one conversion of layouts less."""
-    return tl.max(tl.max(tl.reshape(x, (BS // 32, 2, 2, 8, GP)), 2), 0)
 
 
 @triton.jit(
@@ -115,8 +97,9 @@ def _decode_kernel(
     H, VG, upper,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     KW: tl.constexpr, VW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_BASE: tl.constexpr, K_PLACES: tl.constexpr, V_ENTRIES: tl.constexpr, ROTATED: tl.constexpr, HALF_QUERY: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCRATCH: tl.constexpr, MATRIX: tl.constexpr,
+    K_BASE: tl.constexpr, K_PLACES: tl.constexpr, V_ENTRIES: tl.constexpr, ROTATED: tl.constexpr,
+    HALF_QUERY: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    SCRATCH: tl.constexpr, MATRIX: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = BS // 16  # registers of a thread for the rows of a block
     # Keys are rotated by their place among as many tokens, the query turned back by the place of these.
@@ -136,7 +119,7 @@ def _decode_kernel(
     KEPT: tl.constexpr = key_value.dtype.element_ty
     K_SCATTER: tl.constexpr = K_BASE > 0 and MATRIX > 0
     V_SCATTER: tl.constexpr = V_ENTRIES > 0 and MATRIX > 0
-    # Of a block's codes, 128 bytes each.
+    # Of a block's codes, lines of 128 bytes, as a prefetch brings.
     K_LINES: tl.constexpr = 64 * ((BS * K_ROW + 8191) // 8192)
     V_LINES: tl.constexpr = 64 * ((BS * V_ROW + 8191) // 8192)
     PLACES: tl.constexpr = 128  # outliers of values at once: two of a thread
@@ -197,7 +180,7 @@ def _decode_kernel(
     acc2 = acc0
     acc3 = acc0
     table_row = block_table + b * table_stride
-    # Numbers of blocks are read two ahead.
+    # Numbers of blocks are read two ahead: ``block``, ``coming`` and in the loop ``after``.
     block = tl.load(table_row + begin, mask=begin < end, other=0).to(tl.int64)
     coming = tl.load(table_row + tl.minimum(begin + 1, end - 1), mask=begin < end, other=0).to(tl.int64)
     apart = divergent_zero(upper)
@@ -211,14 +194,13 @@ def _decode_kernel(
         )
     if STAGED:
         own_angles = base_words + begin * ANGLE_WORDS + angle_word
-        put_angles(
-            angles_at, angle_word, tl.load(own_angles, mask=angle_word < ANGLE_WORDS, other=0), ANGLE_WORDS
-        )
+        own_angles = tl.load(own_angles, mask=angle_word < ANGLE_WORDS, other=0)
+        put_angles(angles_at, angle_word, own_angles, ANGLE_WORDS)
     if V_ENTRIES > 0:
         coming_begin, coming_end, coming_closed = value_ends(value_end, block * H + apart, h, H)
     codes, third = load_words(
-        key_codes + (block * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS, not key_inside, KB,
-        8, 32, R,
+        key_codes + (block * H + h) * (BS * K_ROW), first_row[:, None], key_word, KW, K_ROW, K_WORDS,
+        not key_inside, KB, 8, 32, R,
     )  # fmt: skip
 
     for column in range(begin, end):
@@ -275,18 +257,14 @@ def _decode_kernel(
                     turn = four_columns(stack(t, True, 256, 512, N, False), N, 64)
                 angle = turn
                 further = turn
-                if STAGED:
-                    angle = fetch_angles(angles_at, n, lane)
+                if ROTATED:
+                    angle = unit_angle(base, angles_at, n, lane, STAGED)
                     if J == 2:
-                        further = fetch_angles(angles_at, UNITS + n, lane)
-                elif ROTATED:
-                    angle = unit_angle(base, n, lane)
-                    if J == 2:
-                        further = unit_angle(base, UNITS + n, lane)
+                        further = unit_angle(base, angles_at, UNITS + n, lane, STAGED)
                 place_n = scratch + (n * R) * 1024 + thread * 16
                 s0 = unit_scores(
-                    s0, words[0], thirds[0], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn, angle, place_n,
-                    2 * half, N, NG, KB, ROTATED, HALF_QUERY, K_SCATTER,
+                    s0, words[0], thirds[0], k_tables, key_centroids, upper, x_affine, y_affine, x, y, turn,
+                    angle, place_n, 2 * half, N, NG, KB, ROTATED, HALF_QUERY, K_SCATTER,
                 )  # fmt: skip
                 if J == 2:
                     s1 = unit_scores(
@@ -329,9 +307,9 @@ def _decode_kernel(
         weights = tl.exp2(scores - (shift - WEIGHT_BITS)[None, :])  # [BS, GP]
         fade = tl.exp2(best - shift)
         best = new
-        fades = _any_row(tl.broadcast_to(fade[None, :], (BS, GP)), BS, GP)
-        total = total * fades + _over_rows(weights, BS, GP)
-        zeros = zeros * fades + _over_rows(weights * v_zero, BS, GP)
+        fades = any_row(tl.broadcast_to(fade[None, :], (BS, GP)), BS, GP)
+        total = total * fades + over_rows(weights, BS, GP)
+        zeros = zeros * fades + over_rows(weights * v_zero, BS, GP)
         inverse = 1.0 / new_size
         weighted = (weights * (v_scale * inverse[None, :])).to(tl.float16)
         plain = weights.to(tl.float16)
@@ -354,20 +332,12 @@ def _decode_kernel(
                     value_index + entries, value_value + entries, v_rest, v_end, closed, h * D, value_zero + ranges,
                     value_scale + ranges, VG, v_first, block_inverse, scratch, D, VW, VNP, UPG, S, V_ENTRIES, False,
                 )  # fmt: skip
-        # Of the next block, what its first steps would wait for.
+        # Of the coming block, what its first steps would wait for.
         if K_SCATTER:
             k_count, k_chunk = coming_count, coming_chunk
             k_number, k_kept = key_row(
-                key_index,
-                key_value,
-                spill_index,
-                spill_value,
-                coming * H + h,
-                k_chunk,
-                k_pair,
-                k_count,
-                K_BASE,
-            )
+                key_index, key_value, spill_index, spill_value, coming * H + h, k_chunk, k_pair, k_count, K_BASE
+            )  # fmt: skip
         if STAGED:
             coming_angles = base_words + tl.minimum(column + 1, end - 1) * ANGLE_WORDS + angle_word
             coming_angles = tl.load(coming_angles, mask=angle_word < ANGLE_WORDS, other=0)
@@ -377,18 +347,8 @@ def _decode_kernel(
         )  # fmt: skip
         v_tables = fetch_tables(tables + 64)
         acc0, acc1 = unit_sums(
-            acc0,
-            acc1,
-            fade,
-            words_of_unit,
-            group_unit % VNP,
-            v_tables,
-            value_centroids,
-            upper,
-            weighted,
-            VB,
-            S,
-        )
+            acc0, acc1, fade, words_of_unit, group_unit % VNP, v_tables, value_centroids, upper, weighted, VB, S
+        )  # fmt: skip
         if UPG == 2:
             words_of_unit = unit_codes(v_codes, r, group_unit + 1, VW, V_ROW, V_WORDS, D != 256, VNP, VB, S)
             acc2, acc3 = unit_sums(
@@ -432,8 +392,8 @@ def _decode_kernel(
     tl.store(part_total + at_part, tl.sum(tl.sum(total, 0), 0) * UNIT)
     zero_sum = tl.sum(tl.sum(zeros, 0), 0)[None, :] * UNIT
     size = size[None, :] * UNIT
-    _store_part(part_out, at_part, acc0 * size + zero_sum, G, GP, 0, D, VW, UPG, VNP)
-    _store_part(part_out, at_part, acc1 * size + zero_sum, G, GP, 1, D, VW, UPG, VNP)
+    store_part(part_out, at_part, acc0 * size + zero_sum, G, GP, 0, D, VW, UPG, VNP)
+    store_part(part_out, at_part, acc1 * size + zero_sum, G, GP, 1, D, VW, UPG, VNP)
     if UPG == 2:
-        _store_part(part_out, at_part, acc2 * size + zero_sum, G, GP, 2, D, VW, UPG, VNP)
-        _store_part(part_out, at_part, acc3 * size + zero_sum, G, GP, 3, D, VW, UPG, VNP)
+        store_part(part_out, at_part, acc2 * size + zero_sum, G, GP, 2, D, VW, UPG, VNP)
+        store_part(part_out, at_part, acc3 * size + zero_sum, G, GP, 3, D, VW, UPG, VNP)

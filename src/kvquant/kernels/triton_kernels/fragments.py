@@ -1,4 +1,4 @@
-"""Tensors of 64 threads in the shapes a tensor core wants: loads, look-ups, 0/1 matrices, and their names as rows, columns.
+"""Tensors of 64 threads in the shapes a tensor core wants: loads, look-ups, 0/1 matrices, and their rows and columns.
 
 A product's side is [64 threads, registers] with the numbers that the tensor core expects of each thread, so that the
 reshape and permute to its rows and columns move nothing. Lane 4q + r of warp w holds rows 16w + q (+ 8) of every 32, and
@@ -215,6 +215,18 @@ def score_side(x, R: tl.constexpr, GP: tl.constexpr):
         x = tl.permute(tl.reshape(x, (2, 8, 4, 2, R // 2)), (4, 0, 3, 1, 2))  # warp; q; r; row: 8, 32
     x = tl.reshape(x, (R * 16, 1, 4, 1))
     return tl.reshape(tl.broadcast_to(x, (R * 16, GP // 8, 4, 2)), (R * 16, GP))
+
+
+@triton.jit
+def over_rows(x, BS: tl.constexpr, GP: tl.constexpr):
+    """Sums of a block's scores [BS, GP] over the rows that one thread holds, [2 warps, 8, GP]."""
+    return tl.sum(tl.sum(tl.reshape(x, (BS // 32, 2, 2, 8, GP)), 2), 0)
+
+
+@triton.jit
+def any_row(x, BS: tl.constexpr, GP: tl.constexpr):
+    """What all rows have in common, in the shape of :func:`over_rows`: one conversion of layouts less."""
+    return tl.max(tl.max(tl.reshape(x, (BS // 32, 2, 2, 8, GP)), 2), 0)
 
 
 @triton.jit

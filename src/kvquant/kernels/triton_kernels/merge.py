@@ -1,10 +1,23 @@
-"""Merging what the programs that shared a sequence's blocks found: by log-sum-exp, in a fixed order."""
+"""Parts, what each of the programs that shared a sequence's blocks found, merged by log-sum-exp in a fixed order."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from kvquant.kernels.triton_kernels.fragments import channel_of_row
+
+
+@triton.jit
+def store_part(
+    part_out, at_part, acc, G: tl.constexpr, GP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    UPG: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """Store the output of one part as the decode kernel holds it: tile number ``PART`` of its channels, [64, GP]."""
+    channels = channel_of_row(tl.arange(0, 64), PART, D, W, UPG, NP)[:, None]
+    inside = (tl.arange(0, GP)[None, :] < G) & (channels < D)
+    tl.store(part_out + at_part[None, :] * D + channels, acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=["programs"])

@@ -1,8 +1,8 @@
-"""Outliers of a block as products with 0/1 matrices made in registers: what the decode kernel does where it has no scratch.
+"""Outliers of a block as products with 0/1 matrices made in registers: what decode does where it has no scratch.
 
-Triton has no scatter, and atomics would add in any order. Outliers are added as differences to what their code 0 decodes
-to: to the scores (times the query turned back to the key's position) and to the output (times the weight). This is the
-way of Triton's interpreter, and of blocks too large for :mod:`scratch`, which takes a third of the instructions.
+Triton has no scatter, and atomics would add in any order. Outliers are added as differences to what their code 0
+decodes to: to the scores (times the query turned back to the key's position) and to the output (times the weight). This
+is the way of blocks too large for :mod:`scratch`, which takes a third of the instructions.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
@@ -12,10 +12,7 @@ import triton
 import triton.language as tl
 
 from kvquant.kernels.triton_kernels.fragments import channel_of_row, row_of, rows_equal, tokens_equal
-
-LARGEST = tl.constexpr(
-    32000.0
-)  # of a difference: queries are at most a half, fp16 holds the sum of two products
+from kvquant.kernels.triton_kernels.outlier_entries import LARGEST
 
 
 @triton.jit

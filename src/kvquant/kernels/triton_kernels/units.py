@@ -17,19 +17,19 @@ from kvquant.kernels.triton_kernels.fragments import (
     value_side,
 )
 from kvquant.kernels.triton_kernels.lookup import key_words, value_words
-from kvquant.kernels.triton_kernels.scratch import fetch_keys, fetch_values, half_add
+from kvquant.kernels.triton_kernels.scratch import fetch_angles, fetch_keys, fetch_values, half_add
 
 
 @triton.jit
 def unit_scores(
     scores, word, third, tables, centroids, upper, x_affine, y_affine, x, y, turn, angle, differences,
-    SHIFT: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, HALF_QUERY: tl.constexpr,
-    SCATTER: tl.constexpr,
+    SHIFT: tl.constexpr, N: tl.constexpr, NG: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr,
+    HALF_QUERY: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
     """Scores of 16 N tokens, [16 N, GP], with one unit of their keys more: eight channels of each of four lanes.
 
-    Keys are rotated by their place among these, the query is turned back by the angle of the first (:func:`unit_angle`); with more
-    care if its own dtype is as fine as what it is turned in.
+    Keys are rotated by their place among these, the query is turned back by the angle of the first
+    (:func:`unit_angle`); with more care if its own dtype is as fine as what it is turned in.
     """
     sx01, sx23, zx01, zx23 = x_affine
     sy01, sy23, zy01, zy23 = y_affine
@@ -56,12 +56,18 @@ def unit_scores(
 
 
 @triton.jit
-def unit_angle(bases, unit, lane):
-    """Words of a unit's cosines (2) and sines (2) at the first of some rows, [32, 1] each, straight from the table."""
-    base = bases.to(tl.pointer_type(tl.int64)) + unit * 8 + lane % 4
-    cos01, cos23 = two_words(tl.load(base)[:, None])
-    sin01, sin23 = two_words(tl.load(base + 4)[:, None])
-    return cos01, cos23, sin01, sin23
+def unit_angle(bases, staged, unit, lane, STAGED: tl.constexpr):
+    """Words of a unit's cosines (2) and sines (2) at the first of some rows, [32, 1] each.
+
+    From the scratch's address ``staged`` if STAGED, else straight from the table.
+    """
+    if STAGED:
+        return fetch_angles(staged, unit, lane)
+    else:
+        base = bases.to(tl.pointer_type(tl.int64)) + unit * 8 + lane % 4
+        cos01, cos23 = two_words(tl.load(base)[:, None])
+        sin01, sin23 = two_words(tl.load(base + 4)[:, None])
+        return cos01, cos23, sin01, sin23
 
 
 @triton.jit
@@ -79,7 +85,7 @@ def unit_codes(
 def unit_sums(
     acc_x, acc_y, fade, codes, second, tables, centroids, upper, weighted, BITS: tl.constexpr, S: tl.constexpr
 ):
-    """Add the two fields of a unit of values, weighted, to faded sums; ``second``: whether it is the second unit of its words."""
+    """Add the two fields of a unit of values, weighted, to faded sums; ``second``: is it the second of its words?"""
     a, b, third_a, third_b = codes
     shift = (second * 2)[:, None]
     w0, w1, w2, w3 = value_words(a, b, third_a, third_b, shift, tables, centroids, upper, 0, BITS)
