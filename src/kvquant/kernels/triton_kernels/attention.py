@@ -23,8 +23,8 @@ DECODE_BITS = (2, 3, 4)
 # Six programs of 64 threads share a multiprocessor with as many registers each. Eight with 128 took as long on an H100,
 # but some are spilled then.
 _REGISTERS, _RESIDENT = 168, 6
-# Of a program. H200, 4 bits, us of a call at 1, 2, 3, 4 rounds of programs: 297, 272, 260, 264 where a place has 41 blocks,
-# 98, 90, 86, 86 where it has ten, but 54, 57, 62, 64 where it has five.
+# Of a program. H200, 4 bits, us of a call at 1, 2, 3, 4 rounds of programs (shares.py): 297, 272, 260, 264 where a
+# place of the device has 41 blocks, 98, 90, 86, 86 where it has ten, but 54, 57, 62, 64 where it has five.
 _FEWEST_BLOCKS = 3
 
 
@@ -173,35 +173,22 @@ def attend_decode(
     rope = None if rope is None else Rope(*(t.contiguous() for t in rope))
     sink_tokens = 0 if sinks is None else sinks[0].shape[1]
     prepared, parts = _prepare(
-        q,
-        kv_lengths,
-        constants,
-        rope,
-        M,
-        block_size,
-        blocks_per_tile,
-        factor,
-        H,
-        GP,
-        KW,
-        layer.key_bits,
-        layer.value_bits,
-        programs,
-        max(1, places // H),
-        window,
-        sink_tokens,
-    )
+        q, kv_lengths, constants, rope, M, block_size, blocks_per_tile, factor, H, GP, KW,
+        layer.key_bits, layer.value_bits, programs, max(1, places // H), window, sink_tokens,
+    )  # fmt: skip
     # The exact first tokens of each sequence are one more part.
     rows = programs + (B if sink_tokens else 0)
     best, total = (torch.empty(rows, H, GP, dtype=fp32, device=device) for _ in range(2))
     out = torch.empty(rows, H, GP, D, dtype=fp32, device=device)
     VW = _plane_bytes(D, layer.value_bits)
-    outliers = keys.outlier_index.shape[-1] > 0 or values.outlier_index.shape[-1] > 0
+    K_BASE = keys.outlier_index.shape[-1]
+    outliers = K_BASE > 0 or values.outlier_index.shape[-1] > 0
     matrix = scratch.matrix_bytes(D, block_size, prepared[0].shape[1], GP) if outliers else 0
     # On a GPU each program has its own, in shared memory, and this is not looked at.
     memory = torch.zeros(scratch.scratch_bytes(matrix), dtype=torch.uint8) if INTERPRET else best
     decode._decode_kernel[(H, programs)](
-        *prepared, memory, *((constants.key_zero,) * 2 if rope is None else (rope.offset_cos, rope.offset_sin)), table, kv_lengths,
+        *prepared, memory, *((constants.key_zero,) * 2 if rope is None else (rope.offset_cos, rope.offset_sin)),
+        table, kv_lengths,
         keys.codes, keys.outlier_count, keys.outlier_index, keys.outlier_value,
         keys.spill_head, keys.spill_next, keys.spill_index, keys.spill_value, constants.key_centroids,
         values.codes, values.zero, values.scale, values.outlier_index, values.outlier_value, values.outlier_end,
@@ -211,9 +198,10 @@ def attend_decode(
         H, values.zero.shape[-1], 1 << 16,
         G=G, GP=GP, D=D, BS=block_size, KB=layer.key_bits, VB=layer.value_bits,
         KW=KW, VW=VW, K_ROW=keys.codes.shape[-1], V_ROW=values.codes.shape[-1],
-        K_BASE=keys.outlier_index.shape[-1], K_PLACES=max(128, triton.next_power_of_2(keys.outlier_index.shape[-1] + 32)),
-        V_ENTRIES=values.outlier_index.shape[-1],
-        ROTATED=rope is not None, HALF_QUERY=query.dtype == torch.float16, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+        # Places for pairs of entries of keys: of a block's own row and its first chunk of 32 more.
+        K_BASE=K_BASE, K_PLACES=max(128, triton.next_power_of_2(K_BASE + 32)), V_ENTRIES=values.outlier_index.shape[-1],
+        ROTATED=rope is not None, HALF_QUERY=query.dtype == torch.float16,
+        HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
         SCRATCH=scratch.declaration(matrix), MATRIX=matrix, num_warps=decode.WARPS, num_stages=1, maxnreg=_REGISTERS,
     )  # fmt: skip
     if sinks is not None and sink_tokens:
@@ -247,7 +235,7 @@ def _prepare(
     window: int | None,
     sink_tokens: int,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The decode kernel's first ten arguments (see prepare.py), a few KiB per head and half a KiB per block, and the parts."""
+    """The decode kernel's first ten arguments (see prepare.py), a few KiB per head, half a KiB per block, and parts."""
     B, Hq, D = query.shape
     BH, wide, half = B * H, torch.float32, torch.float16
     words_per_lane, halves = -(-plane_bytes // 16), 1 if bits == 4 else 2
@@ -272,7 +260,8 @@ def _prepare(
     shares, parts = empty_shares(B, programs, query.device)
     tables = (constants.key_zero,) * 4 if rope is None else tuple(rope)
     prepare._prepare_kernel[(B + BH + (0 if rope is None else rows) + bases,)](
-        query, constants.key_zero, constants.key_scale, constants.key_centroids, constants.value_centroids, *tables, kv_lengths, *prepared, shares, parts,
+        query, constants.key_zero, constants.key_scale, constants.key_centroids, constants.value_centroids, *tables,
+        kv_lengths, *prepared, shares, parts,
         BH, H, blocks_per_tile * block_size // rows, float(factor), programs, at_once, window or 0, sink_tokens,
         G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,
         CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, BS=block_size,

@@ -20,7 +20,7 @@ from kvquant.kernels.triton_kernels.shares import places_of, programs_for, share
 
 # Programs of a round for each multiprocessor: it holds four at once, twice over.
 _RESIDENT = 8
-_FEWEST_BLOCKS = 32  # of a program; these take equally long
+_FEWEST_BLOCKS = 32  # of a program: exact ones take equally long, so that more rounds even out little
 # For 8192 numbers of a block and head; what is prefetched must leave room in shared memory.
 _WARPS, _STAGES, _PREFETCH_BYTES = 4, 3, 64 << 10
 
@@ -181,13 +181,9 @@ def attend_exact_decode(
     places = places_of(_RESIDENT, query.device)
     programs = max(B, programs or programs_for(B, H, M, places, _FEWEST_BLOCKS))
     shares, parts = share_blocks(
-        kv_lengths,
-        programs,
-        block_size,
-        at_once=max(1, places // H),
-        fewest_blocks=_FEWEST_BLOCKS,
-        window=window,
-    )
+        kv_lengths, programs, block_size,
+        at_once=max(1, places // H), fewest_blocks=_FEWEST_BLOCKS, window=window,
+    )  # fmt: skip
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     query = query.contiguous()
     device, fp32 = query.device, torch.float32
@@ -202,11 +198,13 @@ def attend_exact_decode(
         G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), BS=block_size,
         HALF=half, HALF_P=triton.next_power_of_2(max(16, half)),
         REST_P=triton.next_power_of_2(max(16, rest)) if rest else 0,
-        STAGES=max(1, min(_STAGES, 1 + _PREFETCH_BYTES // (2 * keys[0, 0].nbytes))), HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+        STAGES=max(1, min(_STAGES, 1 + _PREFETCH_BYTES // (2 * keys[0, 0].nbytes))),
+        HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
         PRECISION="ieee" if keys.dtype == fp32 else "tf32", num_warps=_WARPS if block_size * D <= 8192 else 8,
     )  # fmt: skip
     merged = torch.empty_like(query)
     merge._merge_kernel[(B * Hq,)](
-        best, total, out, parts, merged, programs, H, SINKS=0, G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=1,
+        best, total, out, parts, merged, programs, H, SINKS=0,
+        G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=1,
     )  # fmt: skip
     return merged

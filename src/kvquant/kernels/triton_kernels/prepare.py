@@ -1,5 +1,5 @@
-"""What the decode kernel needs of a call that depends on neither block nor token, and who takes which blocks (shares.py), in
-one launch before it.
+"""What the decode kernel needs of a call that depends on neither block nor token, and who takes which blocks
+(shares.py), in one launch before it.
 
 The decode kernel's threads read their queries, ranges and angles as words of two fp16 numbers, laid out here in the
 order in which they want them: a unit n is (word c of a lane's share of the row, half of that word's fields), lane r of
@@ -46,7 +46,7 @@ def _prepare_kernel(
     CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BS: tl.constexpr,
     SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """A program for each sequence, each (sequence, KV head), each of ROWS rows of the table of places, and each ROWS tokens.
+    """A program for each sequence, each (sequence, KV head), each of ROWS rows of the table of places, all ROWS tokens.
 
     The first ones share a sequence's blocks among the decode kernel's programs.
 
@@ -68,20 +68,9 @@ def _prepare_kernel(
     if program < 0:
         b = program + sequences
         store_shares(
-            b,
-            kv_lengths,
-            shares,
-            parts,
-            sequences,
-            programs,
-            at_once,
-            window,
-            sink_tokens,
-            BS,
-            SEQUENCES,
-            FEWEST,
-            HAS_WINDOW,
-        )
+            b, kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
+            BS, SEQUENCES, FEWEST, HAS_WINDOW,
+        )  # fmt: skip
     elif program < heads:
         if program == 0:
             _store_table(look_up, key_centroids, KB)
@@ -142,9 +131,8 @@ def _prepare_kernel(
         sb = tl.load(base_sin + tile, mask=inside, other=0.0)
         co = tl.load(offset_cos + offset, mask=inside, other=1.0)
         so = tl.load(offset_sin + offset, mask=inside, other=0.0)
-        inverse = tl.rsqrt(
-            co * co + so * so
-        )  # the offset table carries the model's attention scaling, the base must not
+        # The offset table carries the model's attention scaling, the base must not.
+        inverse = tl.rsqrt(co * co + so * so)
         at = bases + (column * UNITS + n) * 32 + r * 4 + k
         cos = (cb * co - sb * so) * inverse
         sin = (sb * co + cb * so) * inverse

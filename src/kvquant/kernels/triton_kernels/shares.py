@@ -5,6 +5,10 @@ one's take all the time. So the number of blocks that a program takes is chosen 
 smallest with which all sequences get by with the programs there are; a sequence's blocks are then shared evenly among
 as many as it needs. The largest shares start first and the small ones fill what they leave. A program still serves one
 (sequence, KV head), so that its loop over blocks knows nothing of this.
+
+Blocks take unequally long, by their outliers, and programs start and end on their own: rounds of short ones, as many at
+once as a device has places, end more evenly than a single round of long ones. But every program costs a start and a
+part to merge, so that there are few rounds where blocks are few, and few programs where they do not fill one.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
@@ -15,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rounds of programs at most: what they take evens out by then.
+# Rounds of programs that are asked for: what they take has evened out by then.
 _MOST_ROUNDS = 4
 
 
@@ -26,8 +30,8 @@ def store_shares(
 ):  # fmt: skip
     """Write the shares of sequence ``b``, one program's work; each looks at the lengths of all.
 
-    Where lengths are far below those that ``programs`` was chosen for, not all of them start: shares have FEWEST blocks at
-    least, unless smaller ones keep ``at_once`` programs busy.
+    Where lengths are far below those that ``programs`` was chosen for, not all programs get blocks: shares have FEWEST
+    at least, unless it takes smaller ones to keep ``at_once`` of them busy.
 
     ``shares``, int32 [programs, 4]: sequence, first block, block behind the last one of each program, and nothing.
     ``parts``, int32 [sequences, 2]: first program, number of programs of each sequence.
