@@ -270,6 +270,19 @@ def test_a_fleet_of_captured_steps_says_what_they_leave_out() -> None:
     )
 
 
+def test_a_fleet_of_batches_measured_at_different_lengths_says_which() -> None:
+    load = FleetLoad(3600, [0.0, 1.0], [1000, 1000], [200, 200])
+    more = [{**p, "batch": 32} for p in fleet_points() if p["prompt_tokens"] == 500]
+    # One sequence was decoded alone: it has no row, and no part in the text.
+    alone = [{**p, "batch": 1} for p in fleet_points() if p["phase"] == "decode"]
+    bill = fleet_bill([*fleet_points(), *more, *alone], load, GRID)
+    assert [row["batch"] for row in bill["rows"]] == [8, 32]
+    assert bill["assumptions"]["joules_per_token"].startswith(
+        "prefill measured at 500, 1500 (batch 8) and 500 (batch 32) prompt tokens; decode measured at 500, 1500 (batch 8) "
+        "and 500 (batch 32) prompt tokens, between"
+    )
+
+
 @pytest.mark.parametrize("cell", [{"faults": ["fewer than 5 windows"]}, {"energy_kind": "estimated"}])
 def test_a_fleet_is_never_billed_by_invalid_figures(cell: dict) -> None:
     load = FleetLoad(3600, [0.0, 1.0], [1000, 1000], [200, 200])

@@ -86,13 +86,14 @@ def fleet_bill(points: Sequence[dict[str, Any]], load: FleetLoad, grid: CarbonIn
                     "kgco2e_per_day": grid.grams(per_day_j) / 1000,
                 }
             )
+    billed = {row["batch"] for row in rows}
     return {
         "assumptions": {
             "requests_per_day": load.requests_per_day,
             "mean_context_tokens": float(prompts.mean()),
             "mean_generated_tokens": float(answers.mean()),
             "energy": "what this meter sees, no other part of the servers, every batch full all day",
-            "joules_per_token": _measured_where(points),
+            "joules_per_token": _measured_where([p for p in points if p["batch"] in billed] or points),
             **dataclasses.asdict(grid),
         },
         "rows": rows,
@@ -109,11 +110,19 @@ def assumptions_text(assumptions: dict[str, Any]) -> str:
 
 
 def _measured_where(points: Sequence[dict[str, Any]]) -> str:
-    """At which lengths each phase was measured, and how decoding ran."""
+    """At which lengths each phase was measured, by batch where these differ, and how decoding ran."""
     at = []
     for name in sorted({phase_name(point) for point in points}, reverse=True):
-        lengths = sorted({point["prompt_tokens"] for point in points if phase_name(point) == name})
-        at.append(f"{name} measured at {', '.join(map(str, lengths))} prompt tokens")
+        lengths: dict[int, set[int]] = {}
+        for point in points:
+            if phase_name(point) == name:
+                lengths.setdefault(point["batch"], set()).add(point["prompt_tokens"])
+        told = {batch: ", ".join(map(str, sorted(found))) for batch, found in sorted(lengths.items())}
+        if len(set(told.values())) == 1:
+            where = next(iter(told.values()))
+        else:
+            where = " and ".join(f"{text} (batch {batch})" for batch, text in told.items())
+        at.append(f"{name} measured at {where} prompt tokens")
     text = "; ".join(at)
     if any(point.get("captured") for point in points):
         text += " without the host's part of a decoding step"
