@@ -303,6 +303,14 @@ def test_results_pages_are_made_of_what_is_kept(tmp_path: Path) -> None:
             },
             "energy_decode_a100",
         ),
+        (
+            {
+                "task": "energy",
+                "config": {"task": {"phases": ["decode"], "prompt_tokens": [8192]}},
+                "provenance": {"device": "NVIDIA H200"},
+            },
+            "energy_decode_8k_h200",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

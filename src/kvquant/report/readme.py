@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvquant.errors import ResultError
+from kvquant.report.paper.sources import LONG_TOKENS
 from kvquant.report.paper.tables import MAIN_ROWS
 from kvquant.report.readme_energy import chosen_of, energy_parts, fleet_of
 from kvquant.results import FILE_NAME, load_result
@@ -75,6 +76,8 @@ def name_of(result: Result) -> str:
         name += f"_{result['config']['quant']['bits']}bit"
     if preset is None and name == "energy":
         name += "".join(f"_{phase}" for phase in result["config"]["task"]["phases"])
+        shortest = min(result["config"]["task"].get("prompt_tokens") or [0])
+        name += f"_{shortest // 1024}k" if shortest >= LONG_TOKENS else ""
     gpu = re.search(r"\b([AH]\d{3})\b", str(result["provenance"].get("device")))
     return f"{name}_{gpu.group(1).lower()}" if gpu else name
 

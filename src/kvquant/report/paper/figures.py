@@ -138,7 +138,7 @@ def _append(run: Run, path: Path) -> None:
 def _energy(runs: Sequence[Run], path: Path) -> bool:
     """Joules as a share of the exact cache's, by phase and batch; returns False, drawing nothing, without a ratio."""
     points = [point for run in runs for point in run.result["metrics"]["points"] if point.get("headline")]
-    points.sort(key=lambda point: (point["phase"] == PREFILL, point["batch"]))
+    points.sort(key=lambda point: (point["phase"] == PREFILL, point["batch"], point["prompt_tokens"]))
     if not points:
         return False
     labels = list(dict.fromkeys(label for point in points for label in point["headline"]))
@@ -164,7 +164,7 @@ def _energy(runs: Sequence[Run], path: Path) -> bool:
                 label=label,
             )
         axis.set_xticks(
-            range(len(points)), [f"{p['phase']}\n{p['batch']} x {p['prompt_tokens']}" for p in points]
+            range(len(points)), [f"{p['phase']}\n{p['batch']} x\n{p['prompt_tokens']:,}" for p in points]
         )
         axis.set_xlim(-0.5, len(points) - 0.5)
         axis.set_ylabel("joules, times exact", fontsize=8)

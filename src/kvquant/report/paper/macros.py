@@ -8,7 +8,8 @@ from typing import Any
 
 from kvquant.report.collect import Run
 from kvquant.report.paper import tex
-from kvquant.report.paper.registry import MACROS, Macro, Where
+from kvquant.report.paper.macro import Macro, Where
+from kvquant.report.paper.registry import MACROS
 
 
 @dataclasses.dataclass(frozen=True)

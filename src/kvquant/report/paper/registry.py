@@ -2,54 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
-WORDS = {2: "Two", 3: "Three", 4: "Four", 8: "Eight"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Where:
-    """Stands in a path for the first entry of a list that has these values."""
-
-    values: tuple[tuple[str, Any], ...]
-
-    def find(self, entries: Any) -> int | None:
-        """Index of the first such entry; None where there is none."""
-        for index, entry in enumerate(entries if isinstance(entries, list) else []):
-            if isinstance(entry, dict) and all(entry.get(key) == value for key, value in self.values):
-                return index
-        return None
-
-    def __str__(self) -> str:
-        return "{" + ",".join(f"{key}={value}" for key, value in self.values) + "}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Macro:
-    """A number of the text.
-
-    Attributes:
-        name: without the backslash, letters only.
-        source: of `kvquant.report.paper.sources`.
-        path: keys from the top of result.json; `Where` picks an entry of a list.
-        spec: format of the number; text is taken as it is.
-        factor: for its unit.
-        is_interval: the place holds an estimate with its ends.
-        compute: what is made of the value there, for counts and extremes; `compute_words` says it in the manifest.
-    """
-
-    name: str
-    source: str
-    path: tuple[Any, ...]
-    spec: str = ".2f"
-    factor: float = 1.0
-    is_interval: bool = False
-    compute: Callable[[Any], Any] | None = None
-    compute_words: str = ""
+from kvquant.report.paper.energy_macros import energy_macros
+from kvquant.report.paper.macro import WORDS, Macro, Where
 
 
 def _variant(prefix: str, source: str, label: str, *, passkeys: bool = True) -> Iterator[Macro]:
@@ -223,95 +180,6 @@ def _largest() -> Iterator[Macro]:
         yield Macro(f"Largest{name}", "largest", ("metrics", f"{key}_sequences"), "d")
 
 
-ENERGY_BATCH = {"prefill": 8, "decode": 32}
-"""Sequences at the points that the text gives joules of."""
-
-
-def _energy_point(phase: str, batch: int) -> tuple[Any, ...]:
-    return ("metrics", "points", Where((("phase", phase), ("batch", batch))))
-
-
-def _energy() -> Iterator[Macro]:
-    for phase, batch in ENERGY_BATCH.items():
-        source, prefix = f"energy{phase}", f"Energy{phase.title()}"
-        point = _energy_point(phase, batch)
-        for name, label in (("Exact", "none"), *((f"Nuq{WORDS[b]}", f"nuq{b}") for b in (2, 3, 4))):
-            at = (*point, "variants", label)
-            yield Macro(f"{prefix}{name}Mj", source, (*at, "j_per_token_mean"), ".2f", 1e3)
-            yield Macro(f"{prefix}{name}Watts", source, (*at, "power_w"), ".0f")
-            yield Macro(f"{prefix}{name}Carbon", source, (*at, "gco2e_per_million_tokens"), ".2f")
-        yield from _energy_ratios(prefix, source, point)
-        for name, key, spec in (("Batch", "batch", "d"), ("Tokens", "prompt_tokens", ",d")):
-            yield Macro(f"{prefix}{name}", source, (*point, key), spec)
-        yield Macro(f"{prefix}Device", source, ("provenance", "device"))
-        commit = ("provenance", "git_sha")
-        yield Macro(f"{prefix}Code", source, commit, "", 1.0, False, _short, "first ten characters")
-        yield Macro(f"{prefix}Layers", source, ("metrics", "model", "num_layers"), "d")
-        yield Macro(f"{prefix}Windows", source, ("config", "task", "windows"), "d")
-        yield Macro(f"{prefix}WindowSeconds", source, ("config", "task", "window_s"), ".0f")
-        yield Macro(f"{prefix}Grid", source, ("metrics", "carbon", "g_per_kwh"), ".0f")
-        agreement = ("metrics", "agreement")
-        yield Macro(f"{prefix}AgreementSeconds", source, (*agreement, "window_s"), ".0f")
-        yield Macro(f"{prefix}Disagreement", source, (*agreement, "disagreement_percent"), ".2f")
-        cv, most = ("metrics", "points"), "largest coefficient of variation"
-        yield Macro(f"{prefix}LargestCv", source, cv, ".1f", 1.0, False, _largest_cv, most)
-    how = "whether steps were captured"
-    yield Macro("EnergyDecodeSteps", "energydecode", ("config", "task"), "d", 1.0, False, _launched, how)
-    eight = _energy_point("decode", 8)
-    yield from _energy_ratios("EnergyDecodeEight", "energydecode", eight)
-    for name, label in (("Exact", "none"), ("NuqThree", "nuq3")):
-        watts = (*eight, "variants", label, "power_w")
-        yield Macro(f"EnergyDecodeEight{name}Watts", "energydecode", watts, ".0f")
-    for word, point in (("", _energy_point("decode", ENERGY_BATCH["decode"])), ("Eight", eight)):
-        for name, label in (("Exact", "none"), *((f"Nuq{WORDS[b]}", f"nuq{b}") for b in (2, 3, 4))):
-            step, how = functools.partial(_step_s, label=label), f"seconds of a step, {label}"
-            yield Macro(f"EnergyDecode{word}{name}Step", "energydecode", point, ".2f", 1e3, False, step, how)
-    yield Macro("EnergySystematic", "energydecode", ("metrics", "meter", "systematic_percent"), ".0f")
-    yield Macro("EnergyLoadDevice", "energyload", ("provenance", "device"))
-    for name, key, spec in (("Intercept", "intercept", ".0f"), ("Slope", "slope", ".3f")):
-        yield Macro(f"EnergyLoad{name}", "energyload", ("metrics", "load", key), spec, 1.0, True)
-    yield Macro("EnergyLoadResidual", "energyload", ("metrics", "load", "max_residual_percent"), ".1f")
-    joules = ("metrics", "load", "above_idle_j")
-    yield Macro("EnergyLoadLeast", "energyload", joules, ",.0f", 1.0, False, min, "smallest")
-    yield Macro("EnergyLoadMost", "energyload", joules, ",.0f", 1.0, False, max, "largest")
-    for pace in ("host", "device"):
-        yield Macro(f"MeterCost{pace.title()}", "metercost", (pace, "share"), ".2f", 100, True)
-    assumed = ("metrics", "fleet", "assumptions")
-    yield Macro("FleetRequests", "energydecode", (*assumed, "requests_per_day"), ",d")
-    yield Macro("FleetPromptTokens", "energydecode", (*assumed, "mean_context_tokens"), ",.0f")
-    yield Macro("FleetAnswerTokens", "energydecode", (*assumed, "mean_generated_tokens"), ",.0f")
-    yield Macro("FleetPue", "energydecode", (*assumed, "pue"), "g")
-
-
-def _energy_ratios(prefix: str, source: str, point: tuple[Any, ...]) -> Iterator[Macro]:
-    """Joules of each width as a share of the exact cache's: in all, where nothing is against it, and above idle."""
-    for bits in (2, 3, 4):
-        name, label = f"{prefix}Nuq{WORDS[bits]}", f"nuq{bits}"
-        yield Macro(f"{name}Ratio", source, (*point, "headline", label), ".3f", 1.0, True)
-        yield Macro(f"{name}AboveIdle", source, (*point, "ratios", label, "above_idle"), ".3f", 1.0, True)
-
-
-def _largest_cv(points: list[dict[str, Any]]) -> float | None:
-    return max(
-        (c["cv_percent"] for p in points for c in p["variants"].values() if "cv_percent" in c), default=None
-    )
-
-
-def _step_s(point: dict[str, Any], label: str) -> float | None:
-    """How long a decoding step of all sequences takes."""
-    took = point["variants"].get(label, {}).get("s_per_token")
-    return float(point["batch"] * statistics.mean(took)) if took else None
-
-
-def _short(sha: str) -> str:
-    return sha[:10]
-
-
-def _launched(task: dict[str, Any]) -> str:
-    # Runs from before the setting launched them.
-    return "replayed as a CUDA graph" if task.get("cuda_graph") else "launched one by one from Python"
-
-
 def _history() -> Iterator[Macro]:
     lengths = ("config", "task", "lengths")
     yield Macro("HistoryFrom", "history", lengths, ",d", 1.0, False, min, "smallest")
@@ -373,7 +241,7 @@ MACROS: tuple[Macro, ...] = (
     *_storage(),
     *_serving(),
     *_largest(),
-    *_energy(),
+    *energy_macros(),
     *_history(),
     *_ruler(),
     *_kernels(),

@@ -12,6 +12,8 @@ from kvquant.report.quantities import variants_of
 # Its numbers are left by a module, not by a task.
 METER_COST, METER_COST_MODULE = "metercost", "kvquant.bench.meter_cost"
 TINY, LLAMA = "tiny", "llama2_7b_32k"
+# Histories from here on are long: decoding after them is a source of its own.
+LONG_TOKENS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Source:
         what: in words, for the list of what has not been measured.
         command: what measures it.
         matches: whether a run is one.
+        beside: a source before this one, whose device and model it must share where that has a run; empty: none.
     """
 
     name: str
     what: str
     command: str
     matches: Callable[[Run], bool]
+    beside: str = ""
 
 
 def _compares(*labels: str, part: str = "all", model: str = TINY) -> Callable[[Run], bool]:
@@ -51,15 +55,20 @@ def _task(name: str, /, **settings: Any) -> Callable[[Run], bool]:
     return matches
 
 
-def _measured(phase: str) -> Callable[[Run], bool]:
-    """Energy runs with a counter behind them, of this phase: estimates compare nothing."""
+def _measured(phase: str, *, is_long: bool | None = None) -> Callable[[Run], bool]:
+    """Energy runs with a counter behind them, of this phase, after a long history or a shorter one: estimates compare nothing."""
+
+    def fits(point: dict[str, Any]) -> bool:
+        if point["phase"] != phase:
+            return False
+        return is_long is None or bool(point["prompt_tokens"] >= LONG_TOKENS) == is_long
 
     def matches(run: Run) -> bool:
         metrics = run.result["metrics"]
         return (
             run.result["task"] == "energy"
             and metrics.get("meter", {}).get("kind") == "measured"
-            and any(point["phase"] == phase for point in metrics.get("points", []))
+            and any(map(fits, metrics.get("points", [])))
         )
 
     return matches
@@ -157,7 +166,14 @@ SOURCES = (
         "energydecode",
         "measured joules of decode",
         "task=energy energy.meter=nvml task.phases=[decode]",
-        _measured("decode"),
+        _measured("decode", is_long=False),
+    ),
+    Source(
+        "energydecodelong",
+        "measured joules of decode after a long history",
+        f"task=energy energy.meter=nvml task.phases=[decode] task.prompt_tokens=[{LONG_TOKENS}] task.batch_sizes=[32]",
+        _measured("decode", is_long=True),
+        beside="energydecode",
     ),
     Source(
         "energyload",
@@ -193,19 +209,39 @@ SOURCES = (
 )
 
 
+ENERGY_SOURCES = ("energyprefill", "energydecode", "energydecodelong")
+
+
 def choose(runs: Sequence[Run]) -> dict[str, Run]:
     """Return the run behind each source: of several the one that started last.
 
     Args:
         runs: those that ended well.
     """
-    return {source.name: found[0] for source in SOURCES if (found := latest_first(runs, source.matches))}
+    chosen: dict[str, Run] = {}
+    for source in SOURCES:
+        found = latest_first(runs, source.matches)
+        if source.beside in chosen:
+            found = [run for run in found if _place(run) == _place(chosen[source.beside])]
+        if found:
+            chosen[source.name] = found[0]
+    return chosen
 
 
-def energy_runs(chosen: Mapping[str, Run]) -> list[Run]:
-    """Return the chosen runs whose joules are shown: of prefill, of decoding, or one of both."""
-    found = [chosen[name] for name in ("energyprefill", "energydecode") if name in chosen]
-    return list({run.file: run for run in found}.values())
+def _place(run: Run) -> tuple[Any, Any]:
+    """Device and model."""
+    return run.result["provenance"].get("device"), run.result["provenance"].get("model_hash")
+
+
+def energy_runs(chosen: Mapping[str, Run], phase: str = "") -> list[Run]:
+    """Return the chosen runs whose joules are shown: of prefill, of decoding after two lengths of history, or one of all.
+
+    Args:
+        chosen: the run behind each source, by name.
+        phase: those of this phase alone; empty: of both.
+    """
+    names = [name for name in ENERGY_SOURCES if name.startswith(f"energy{phase}") and name in chosen]
+    return list({chosen[name].file: chosen[name] for name in names}.values())
 
 
 def latest_first(runs: Sequence[Run], matches: Callable[[Run], bool]) -> list[Run]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from kvquant.energy.fleet import DECODE, PREFILL
 from kvquant.report.collect import Run
 from kvquant.report.energy import fleet_tables
 from kvquant.report.paper import tex
@@ -76,12 +77,12 @@ def _printed(run: Run, drop: Sequence[str] = ()) -> str:
     return tex.tabular(cells(table["columns"]), [cells(row) for row in table["rows"]])
 
 
-def _energy(run: Run) -> str:
-    """Joules per token by phase, batch and cache, with the reason where a row is not valid."""
+def _energy(runs: Sequence[Run], phase: str) -> str:
+    """A phase's joules per token by batch, history and cache, and whether each row is valid."""
     columns = ["", "cache", "mJ/token", "above idle", "W", r"CV, \%", "ratio", "valid"]
     rows: list[list[str]] = []
     rules: list[int] = []
-    for point in run.result["metrics"]["points"]:
+    for point in (p for run in runs for p in run.result["metrics"]["points"] if p["phase"] == phase):
         if rows:
             rules.append(len(rows))
         for label, entry in point["variants"].items():
@@ -272,8 +273,6 @@ TABLES: tuple[tuple[str, str, Builder], ...] = (
     ("allocation", "allocation", _allocation),
     ("quantize", "quantize", _printed),
     ("serve", "serve", _serving),
-    ("energyprefill", "energyprefill", _energy),
-    ("energydecode", "energydecode", _energy),
     ("fullmain", "main", _printed),
     ("fulloptions", "options", _printed),
     ("fulleightbit", "eightbit", _printed),
@@ -294,6 +293,9 @@ def build_tables(chosen: Mapping[str, Run], measured: Sequence[Row]) -> Iterator
     for name, source, build in TABLES:
         run = chosen.get(source)
         yield f"table-{name}", tex.NOT_MEASURED if run is None else build(run), [] if run is None else [run]
+    for phase in (PREFILL, DECODE):
+        parts = energy_runs(chosen, phase)
+        yield f"table-energy{phase}", _energy(parts, phase) if parts else tex.NOT_MEASURED, parts
     metered = energy_runs(chosen)
     # A day of requests takes both phases.
     bill = fleet_tables(metered) if {"energyprefill", "energydecode"} <= chosen.keys() else []
