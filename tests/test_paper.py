@@ -232,7 +232,13 @@ def test_a_fleets_day_and_the_meters_cost_have_their_runs(tmp_path: Path) -> Non
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "energy_h200_meter_cost.json").write_text(json.dumps(record))
     manifest = write_paper(found, tmp_path / "generated")
-    assert len(manifest["tables"]["table-fleet"]) == len(manifest["figures"]["figure-energy"]) == 2
+    assert len(manifest["tables"]["table-fleet"]) == len(manifest["figures"]["figure-energy"]) == 3
+    # A table of a phase holds every history that was measured.
+    assert len(manifest["tables"]["table-energydecode"]) == 2
+    table = (tmp_path / "generated" / "table-energydecode.tex").read_text()
+    assert "32 $\\times$ 2048" in table and "32 $\\times$ 8192" in table and "prefill" not in table
+    assert manifest["macros"]["EnergyDecodeTokens"]["text"] == "2,048"
+    assert manifest["macros"]["EnergyDecodeLongTokens"]["text"] == "8,192"
     assert manifest["macros"]["MeterCostHost"]["git_sha"] == record["provenance"]["git_sha"]
     assert "8 & nuq4 &" in (tmp_path / "generated" / "table-fleet.tex").read_text()
     commands = (tmp_path / "generated" / "commands.tex").read_text()
@@ -257,6 +263,23 @@ def test_the_latest_of_several_runs_counts_and_another_model_is_another_source(t
     llama = run_of(tmp_path, "compare", compared(*MAIN), {**TINY, "model": {"name": "llama2_7b_32k"}})
     chosen = choose([new, llama, old])
     assert chosen["main"] is new and chosen["llama"] is llama
+
+
+def test_a_long_history_counts_beside_a_shorter_one_of_the_same_device_alone(tmp_path: Path) -> None:
+    def decode(tokens: int, device: str, day: int) -> Run:
+        metrics = {
+            "meter": {"kind": "measured"},
+            "points": [{"phase": "decode", "batch": 32, "prompt_tokens": tokens}],
+        }
+        where = {"device": device, "git_sha": "c" * 40}
+        return run_of(
+            tmp_path, "energy", metrics, {}, started_at=f"2026-01-0{day}T00:00:00+00:00", provenance=where
+        )
+
+    short, long, elsewhere = decode(2048, "H200", 1), decode(8192, "H200", 2), decode(1024, "A100", 3)
+    assert choose([short, long]) == {"energydecode": short, "energydecodelong": long}
+    assert choose([short, long, elsewhere]) == {"energydecode": elsewhere}
+    assert choose([long]) == {"energydecodelong": long}
 
 
 def test_an_estimate_or_a_flagged_ratio_never_becomes_a_headline(tmp_path: Path) -> None:

@@ -147,8 +147,14 @@ def test_a_fleets_phases_are_of_one_code_where_they_can_be_and_else_both_are_nam
 
 
 def kept_energy() -> dict[str, Any]:
-    names = ("energy_h100_decode", "energy_h200_decode", "energy_h200_prefill")
+    names = ("energy_h200_decode", "energy_h200_decode_8k", "energy_h200_prefill")
     return {name: json.loads((PAPER / "data" / f"{name}.json").read_text()) for name in names}
+
+
+def test_what_is_kept_of_joules_is_of_one_clean_commit_as_the_text_says() -> None:
+    origins = [run["provenance"] for run in kept_energy().values()]
+    assert len({origin["git_sha"] for origin in origins}) == 1
+    assert not any(origin["git_dirty"] for origin in origins)
 
 
 def parts_of(kept: dict[str, Any], paper: Path = PAPER) -> list[str]:
@@ -160,26 +166,41 @@ def parts_of(kept: dict[str, Any], paper: Path = PAPER) -> list[str]:
 def test_readme_says_joules_by_batch_and_what_speaks_for_the_meter(tmp_path: Path) -> None:
     kept = kept_energy()
     said, table, lines = parts_of(kept)
-    assert "`energy_h200_prefill` of code 4734a7ef5e and" in said
-    assert "a card for each run" in said and "+-5% systematic" in said
-    assert [row.split(" | ")[0].split(",")[0] for row in table.splitlines()[1:]] == (
-        ["decode (CUDA graph)"] * 2 + ["prefill"]
+    assert (
+        "(`energy_h200_prefill`, `energy_h200_decode` and `energy_h200_decode_8k`, of code 6402d75ed8, in"
+        in said
     )
+    assert "a card for each run" in said and "+-5% systematic" in said
+    assert [row.split(" | ")[0] for row in table.splitlines()[1:]] == [
+        *(f"decode (CUDA graph), {at}" for at in ("1 x 2,048", "8 x 2,048", "32 x 2,048", "32 x 8,192")),
+        *(f"prefill, {at}" for at in ("8 x 2,048", "32 x 2,048")),
+    ]
     for text in (
-        "kWh (4 bits)",
-        "Matrix products on an NVIDIA H100",
+        "8 sequences at once: 7.378 kWh (exact), 7.141 kWh (4 bits)",
+        "32 sequences at once: 3.974 kWh (exact), 3.734 kWh (4 bits)",
+        "measured at 2048 (batch 8) and 2048, 8192 (batch 32) prompt tokens",
+        "Matrix products on an NVIDIA H200",
         "% [0.15, 0.24]",
-        "2.77 and 2.82 ms at 32 sequences, at 464 and 408 W",
+        "2.39 and 2.48 ms at 32 x 2,048, at 509 and 447 W",
         "what is saved is power",
-        "prefill of code 4734a7ef, decode of code 6de4e8ad",
+        "At 1 x 2,048 nothing is saved.",
     ):
         assert text in lines
-    # The latest run counts, one phase makes no bill, and nothing is said of what was not measured.
+    assert "not one code" not in lines
+    # Phases of two commits are both named.
+    kept = kept_energy()
+    kept["energy_h200_prefill"]["provenance"]["git_sha"] = "a" * 40
+    said, _, lines = parts_of(kept)
+    assert "`energy_h200_prefill` of code aaaaaaaaaa, `energy_h200_decode` of code 6402d75ed8 and" in said
+    assert "prefill of code aaaaaaaa, decode of code 6402d75e" in lines
+    # One phase makes no bill, and nothing is said of what was not measured.
     kept.pop("energy_h200_prefill")
+    kept.pop("energy_h200_decode_8k")
     kept["energy_h200_decode"]["metrics"]["points"][0]["variants"]["nuq3"]["faults"] = ["it slowed down"]
     said, table, lines = parts_of(kept, tmp_path)
-    assert "a card for each run" not in said and "of code" not in said and "not valid" in table
-    assert "kWh" not in lines and "readings cost" not in lines
+    assert "(`energy_h200_decode`, of code 6402d75ed8, in" in said and "not valid" in table
+    assert "a card for each run" not in said
+    assert "kWh" not in lines and "readings cost" not in lines and "Matrix products" not in lines
     # Shorter steps are no saving of power alone.
     for cell in (p["variants"]["nuq4"] for p in kept["energy_h200_decode"]["metrics"]["points"]):
         cell["s_per_token"] = [0.5 * s for s in cell["s_per_token"]]

@@ -48,8 +48,12 @@ def energy_parts(kept: Mapping[str, Result], paper: Path, as_table: AsTable) -> 
     sha = {run.file: (run.result["provenance"].get("git_sha") or "no git")[:10] for run in shown}
     codes = {file: f" of code {text}" if len(set(sha.values())) > 1 else "" for file, text in sha.items()}
     cards = len({run.result["metrics"]["meter"].get("uuid") for run in shown})
+    *most, last = (f"`{run.file.stem}`{codes[run.file]}" for run in shown)
+    names = f"{', '.join(most)} and {last}" if most else last
+    # Of one code it is said once.
+    names += "" if any(codes.values()) else f", of code {sha[one.file]},"
     said = (
-        f"Joules per token ({' and '.join(f'`{run.file.stem}`{codes[run.file]}' for run in shown)} in [paper/results.md](paper/results.md); "
+        f"Joules per token ({names} in [paper/results.md](paper/results.md); "
         f"{one.result['provenance']['device']}{', a card for each run' if cards > 1 else ''}): {model['num_layers']} layers of {model['num_query_heads']} query and "
         f"{model['num_kv_heads']} KV heads of {model['head_dim']}, random weights, {model['parameters'] / 1e9:.2f} billion of "
         "them. In brackets the ratio to the exact cache, with its 95% interval, and the ratio above idle power."
@@ -88,25 +92,30 @@ def _step_ms(point: dict[str, Any], label: str) -> float | None:
 
 
 def _said_of_steps(points: Sequence[dict[str, Any]]) -> list[str]:
-    """How long steps took and at which power: whether joules fall with the time or with the watts."""
-    told, slower = [], []
+    """How long steps took and at which power: whether joules fall with the time or with the watts, and where they do not."""
+    told, longer, less_power, dearer = [], [], [], []
     for point in points:
         exact_ms, four_ms = _step_ms(point, "none"), _step_ms(point, "nuq4")
         if point["phase"] != "decode" or exact_ms is None or four_ms is None:
             continue
         exact_w, four_w = (point["variants"][label]["power_w"] for label in ("none", "nuq4"))
-        told.append(
-            f"{exact_ms:.2f} and {four_ms:.2f} ms at {point['batch']} sequences, at {exact_w:.0f} and {four_w:.0f} W"
-        )
-        slower.append((four_ms / exact_ms - 1, four_w < exact_w))
+        size = f"{point['batch']} x {point['prompt_tokens']:,}"
+        told.append(f"{exact_ms:.2f} and {four_ms:.2f} ms at {size}, at {exact_w:.0f} and {four_w:.0f} W")
+        longer.append(100 * (four_ms / exact_ms - 1))
+        less_power.append(four_w < exact_w)
+        if point["headline"].get("nuq4", {}).get("low", 0) > 1:
+            dearer.append(size)
     if not told:
         return []
     line = f"A decoding step takes, with the exact cache and at 4 bits, {'; '.join(told)}."
-    if all(share >= 0 and less for share, less in slower):
+    # A hundredth of a step's time is no saving to speak of.
+    if all(less_power) and min(longer) > -1:
         line += (
-            f" Steps at 4 bits are no shorter (at most {100 * max(share for share, _ in slower):.1f}% longer): what is saved is "
+            f" At 4 bits a step's time differs by {min(longer):+.1f}% to {max(longer):+.1f}% and its power is lower: what is saved is "
             "power, as of bytes that are not moved, and no time."
         )
+    if dearer:
+        line += f" At {', '.join(dearer)} nothing is saved."
     return [line]
 
 
@@ -114,12 +123,12 @@ def _said_of_fleet(chosen: Mapping[str, Run]) -> list[str]:
     table = fleet_of(chosen)
     if table is None:
         return []
-    days = ", ".join(f"{row[3].text} kWh ({CACHES.get(row[1].text, row[1].text)})" for row in table.rows)
-    batch = table.rows[0][0].text
+    days: dict[str, list[str]] = {}
+    for row in table.rows:
+        days.setdefault(row[0].text, []).append(f"{row[3].text} kWh ({CACHES.get(row[1].text, row[1].text)})")
+    told = "; ".join(f"{batch} sequences at once: {', '.join(found)}" for batch, found in days.items())
     assumed = table.title.removeprefix("what if a fleet: ")
-    return [
-        f"What a fleet would take a day with this model, {batch} sequences at once: {days}. Assumed: {assumed}."
-    ]
+    return [f"What a fleet would take a day with this model. {told}. Assumed: {assumed}."]
 
 
 def _said_of_meter(chosen: Mapping[str, Run], paper: Path) -> list[str]:
