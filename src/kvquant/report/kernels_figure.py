@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvquant.report.style import CYCLE, figure
+from kvquant.report.kernel_cases import SPEEDUP, WIDTHS, cases_of
+from kvquant.report.style import COLOURS, CYCLE, figure
 from kvquant.results import load_result
 
 _MARKERS, _DASHES = "osD^v", ("-", "--", ":", "-.")
@@ -31,6 +32,39 @@ def draw_kernels(rows: Sequence[dict[str, Any]], path: Path) -> Path:
         for axis, kind in zip(axes, panels, strict=False):
             _speedups(axis, [row for row in uniform if row["operation"] == kind], kind)
         _fractions(axes[-1], uniform)
+    return path
+
+
+def draw_decode(rows: Sequence[dict[str, Any]], path: Path, width_in: float) -> Path:
+    """Draw how decode compares with full precision, a line for each case, ragged ones included; returns the path.
+
+    Args:
+        rows: as above, of one run or of several parts of a bench.
+        path: where to save.
+        width_in: inches.
+    """
+    cases = cases_of(rows, "decode")
+    with figure(path, width_in, 0.9 + 0.17 * len(cases)) as (axis,):
+        for number, bits in enumerate(WIDTHS):
+            dots = [
+                (case.by_bits[bits][SPEEDUP], at + 0.2 * (number - 1))
+                for at, case in enumerate(cases)
+                if SPEEDUP in case.by_bits.get(bits, {})
+            ]
+            if dots:
+                marker = _MARKERS[number]
+                axis.plot(
+                    *zip(*dots, strict=True), marker, color=CYCLE[number], markersize=3, label=f"{bits} bits"
+                )
+        axis.axvline(1.0, color=COLOURS["exact"], linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.set_yticks(range(len(cases)), [f"{case.shape} {case.words()}" for case in cases])
+        axis.set_ylim(len(cases) - 0.5, -0.5)
+        axis.grid(axis="y", linewidth=0.3)
+        axis.tick_params(labelsize=6)
+        axis.set_xlabel("times as fast as full precision", fontsize=8)
+        axis.legend(fontsize=6, edgecolor="none", framealpha=1)
     return path
 
 

@@ -14,7 +14,14 @@ from kvquant.report.collect import Run
 from kvquant.report.paper import tex
 from kvquant.report.paper.figures import draw_figures
 from kvquant.report.paper.macros import Filled, fill, macro_file
-from kvquant.report.paper.sources import METER_COST, METER_COST_MODULE, SOURCES, choose, kernel_rows
+from kvquant.report.paper.sources import (
+    METER_COST,
+    METER_COST_MODULE,
+    SOURCES,
+    choose,
+    kernel_rows,
+    largest_part_first,
+)
 from kvquant.report.paper.tables import build_tables, compiled
 from kvquant.report.tables import latex_escape
 
@@ -41,7 +48,7 @@ def write_paper(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     measured = kernel_rows(runs)
-    parts = list({run.file: run for _, run in measured}.values())
+    parts = largest_part_first(measured)
     filled = fill(chosen, parts)
     manifest: dict[str, Any] = {"macros": {entry.macro.name: _macro_entry(entry) for entry in filled}}
     tables, figures = {}, {}
@@ -63,7 +70,7 @@ def write_paper(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
         if entry.text is None and (entry.macro.name in used or not used):
             missing.setdefault(entry.macro.source, []).append(entry.macro.name)
     manifest["not_measured"] = missing
-    (fresh / "commands.tex").write_text(_commands(chosen), encoding="utf-8")
+    (fresh / "commands.tex").write_text(_commands(chosen, parts), encoding="utf-8")
     (fresh / "missing.tex").write_text(_missing(chosen, missing), encoding="utf-8")
     (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     # As a folder it cannot be replaced in one step; a build that reads half of it fails on a missing file.
@@ -108,18 +115,19 @@ def command(run: Run) -> str:
     return " ".join(["python src/run.py", *(run.result["provenance"].get("overrides") or [])])
 
 
-def _commands(chosen: dict[str, Run]) -> str:
-    """A list of what each source was measured with: command, machine, code."""
+def _commands(chosen: dict[str, Run], parts: Sequence[Run]) -> str:
+    """A list of what each source was measured with: command, machine, code; of a bench each of its parts."""
     lines = [r"\begin{itemize}"]
     for source in SOURCES:
-        run = chosen.get(source.name)
-        if run is None:
-            continue
-        provenance = run.result["provenance"]
-        sha = (provenance.get("git_sha") or "no git")[:10] + ("+" if provenance.get("git_dirty") else "")
-        seconds = run.result.get("duration_s") or run.result.get("seconds") or 0
-        where = f"{provenance.get('device')}; code {sha}; {seconds:.0f} s"
-        lines.append(rf"\item {latex_escape(source.what)}: {tex.code(command(run))} ({latex_escape(where)})")
+        one = [chosen[source.name]] if source.name in chosen else []
+        for run in parts if source.name == "kernels" else one:
+            provenance = run.result["provenance"]
+            sha = (provenance.get("git_sha") or "no git")[:10] + ("+" if provenance.get("git_dirty") else "")
+            seconds = run.result.get("duration_s") or run.result.get("seconds") or 0
+            where = f"{provenance.get('device')}; code {sha}; {seconds:.0f} s"
+            lines.append(
+                rf"\item {latex_escape(source.what)}: {tex.code(command(run))} ({latex_escape(where)})"
+            )
     lines.append(r"\end{itemize}")
     return "\n".join([*lines, ""]) if len(lines) > 2 else tex.NOT_MEASURED + "\n"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvquant.energy.fleet import PREFILL
 from kvquant.report.collect import Run
+from kvquant.report.kernels_figure import draw_decode
 from kvquant.report.paper.sources import block_size_runs, energy_runs
 from kvquant.report.quantities import variants_of
 from kvquant.report.style import COLOURS, CYCLE, figure
@@ -50,7 +51,7 @@ def draw_figures(
     yield "figure-blocks", sizes if len(sizes) > 1 else []
     decode = {run.file: run for row, run in measured if row["operation"] == "decode"}
     if decode:
-        _decode([row for row, _ in measured], folder / "figure-decode.pdf")
+        draw_decode([row for row, _ in measured], folder / "figure-decode.pdf", COLUMN_IN)
     yield "figure-decode", list(decode.values())
 
 
@@ -218,38 +219,6 @@ def _history(run: Run, path: Path) -> None:
         axis.set_ylabel("extra MiB of one chunk", fontsize=8)
         _finish(axis)
         axis.legend(fontsize=6, frameon=False)
-
-
-def _decode(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Decode attention over full precision by history, one shape, a line for each batch and width."""
-    shapes = [row["shape"] for row in rows if row["operation"] == "decode"]
-    shape = "llama31_8b" if "llama31_8b" in shapes else shapes[0]
-    lines: dict[tuple[int, int], list[tuple[int, float]]] = {}
-    for row in rows:
-        drawn = row["operation"] == "decode" and row["shape"] == shape and not row["is_trace"]
-        if drawn and "speedup_over_full_precision" in row:
-            point = (row["tokens"], row["speedup_over_full_precision"])
-            lines.setdefault((row["batch"], row["bits"]), []).append(point)
-    batches = sorted({batch for batch, _ in lines})
-    with figure(path, COLUMN_IN, 2.3) as (axis,):
-        for (batch, bits), points in sorted(lines.items()):
-            points.sort()
-            axis.plot(
-                [n for n, _ in points],
-                [ratio for _, ratio in points],
-                {4: "-", 3: "--", 2: ":"}.get(bits, "-.") + MARKERS[batches.index(batch) % len(MARKERS)],
-                markersize=3.5,
-                linewidth=1,
-                color=CYCLE[batches.index(batch) % len(CYCLE)],
-                label=f"batch {batch}, {bits} bits",
-            )
-        axis.axhline(1.0, color=COLOURS["exact"], linewidth=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel(f"tokens of history ({shape})", fontsize=8)
-        axis.set_ylabel("times as fast as full precision", fontsize=8)
-        _finish(axis)
-        axis.legend(fontsize=5.5, frameon=False)
 
 
 def _finish(axis: Any) -> None:

@@ -27,7 +27,8 @@ def fill(chosen: Mapping[str, Run], kernel_runs: Sequence[Run] = ()) -> list[Fil
 
     Args:
         chosen: the run behind each source, by name.
-        kernel_runs: all parts of the bench on the GPU: the first that has a number gives it.
+        kernel_runs: all parts of the bench on the GPU, the one that counts most first: the first that has a number
+            gives it.
     """
     return [_fill_from(macro, chosen, kernel_runs) for macro in MACROS]
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from kvquant.report.paper.energy_macros import energy_macros
-from kvquant.report.paper.macro import WORDS, Macro, Where
+from kvquant.report.paper.kernel_macros import kernel_macros, largest_macros
+from kvquant.report.paper.macro import WORDS, Macro
 
 
 def _variant(prefix: str, source: str, label: str, *, passkeys: bool = True) -> Iterator[Macro]:
@@ -173,13 +174,6 @@ def _serving() -> Iterator[Macro]:
             yield Macro(f"Serve{word}{name}", "serve", ("metrics", cache, key), spec)
 
 
-def _largest() -> Iterator[Macro]:
-    yield Macro("LargestDevice", "largest", ("provenance", "device"))
-    yield Macro("LargestTokens", "largest", ("config", "task", "prompt_tokens"), ",d")
-    for name, key in (("Exact", "exact"), *((f"Nuq{WORDS[bits]}", f"nuq{bits}") for bits in (2, 3, 4))):
-        yield Macro(f"Largest{name}", "largest", ("metrics", f"{key}_sequences"), "d")
-
-
 def _history() -> Iterator[Macro]:
     lengths = ("config", "task", "lengths")
     yield Macro("HistoryFrom", "history", lengths, ",d", 1.0, False, min, "smallest")
@@ -218,31 +212,14 @@ def _mean_of(key: str) -> Callable[[dict[str, Any]], float]:
 MEANS = {key: _mean_of(key) for key in ("score_exact", "score_quantized")}
 
 
-def _kernels() -> Iterator[Macro]:
-    yield Macro("KernelDevice", "kernels", ("provenance", "device"))
-    yield Macro("KernelCopy", "kernels", ("metrics", "copy_gb_per_s"), ",.0f")
-    for bits in (2, 3, 4):
-        for operation, label in (("decode", "8x32768"), ("prefill", "8x32768")):
-            case = (("operation", operation), ("shape", "llama31_8b"), ("label", label), ("bits", bits))
-            row = ("metrics", "rows", Where(case))
-            prefix = f"Kernel{operation.title()}{WORDS[bits]}"
-            yield Macro(f"{prefix}Speedup", "kernels", (*row, "speedup_over_full_precision"))
-            yield Macro(f"{prefix}OverDense", "kernels", (*row, "speedup_over_dequantize_then_attend"))
-            yield Macro(f"{prefix}Copy", "kernels", (*row, "copy_fraction"), ".0f", 100)
-        layer = Where((("operation", "layer_share"), ("shape", "llama31_8b"), ("bits", bits)))
-        row = ("metrics", "rows", layer)
-        yield Macro(f"KernelLayerShare{WORDS[bits]}", "kernels", (*row, "percent_of_layer"))
-        yield Macro(f"KernelLayerTokens{WORDS[bits]}", "kernels", (*row, "tokens"), ",d")
-
-
 MACROS: tuple[Macro, ...] = (
     *_quality(),
     *_prefill(),
     *_storage(),
     *_serving(),
-    *_largest(),
+    *largest_macros(),
     *energy_macros(),
     *_history(),
     *_ruler(),
-    *_kernels(),
+    *kernel_macros(),
 )

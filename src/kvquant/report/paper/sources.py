@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kvquant.report.collect import Run
@@ -265,6 +266,18 @@ def kernel_rows(runs: Sequence[Run]) -> list[tuple[dict[str, Any], Run]]:
             case = tuple(row[key] for key in ("operation", "shape", "label", "bits"))
             rows.setdefault(case, (row, run))
     return [rows[case] for case in sorted(rows, key=str)]
+
+
+def largest_part_first(measured: Sequence[tuple[dict[str, Any], Run]]) -> list[Run]:
+    """Return the runs behind these rows, the one that has most of them first: its number counts where several have it.
+
+    Args:
+        measured: as `kernel_rows` returns them.
+    """
+    rows: dict[Path, list[Run]] = {}
+    for _, run in measured:
+        rows.setdefault(run.file, []).append(run)
+    return [runs[0] for runs in sorted(rows.values(), key=len, reverse=True)]
 
 
 def block_size_runs(runs: Sequence[Run]) -> list[Run]:

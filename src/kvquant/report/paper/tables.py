@@ -8,7 +8,9 @@ from typing import Any
 from kvquant.energy.fleet import DECODE, PREFILL
 from kvquant.report.collect import Run
 from kvquant.report.energy import fleet_tables
+from kvquant.report.kernel_cases import cases_of
 from kvquant.report.paper import tex
+from kvquant.report.paper.kernel_tables import KERNEL_TABLES
 from kvquant.report.paper.sources import energy_runs
 from kvquant.report.quantities import variants_of
 from kvquant.report.tables import ReportTable, latex_escape
@@ -167,70 +169,6 @@ def _history(run: Run) -> str:
     return tex.tabular(["", *(format(int(n), ",d") for n in lengths)], rows)
 
 
-Row = tuple[dict[str, Any], Run]
-WIDTHS = (4, 3, 2)
-
-
-def _kernels(
-    measured: Sequence[Row], operation: str, quantities: Sequence[tuple[str, str, str, float]]
-) -> str:
-    """One line for each shape and history, a column for each quantity and width.
-
-    Args:
-        measured: rows of ``task=kernels``.
-        operation: which of them.
-        quantities: head, key, format and factor of each.
-    """
-    lines: dict[tuple[str, int, float], dict[int, dict[str, Any]]] = {}
-    labels: dict[tuple[str, int, float], str] = {}
-    for row, _ in measured:
-        if row["operation"] == operation:
-            case = (row["shape"], row["batch"], row["tokens"] + 0.5 * row["is_trace"])
-            lines.setdefault(case, {})[row["bits"]] = row
-            labels[case] = row["label"].replace("x", r" $\times$ ").replace("trace", "trace, ")
-    if not lines:
-        return tex.NOT_MEASURED
-    columns = ["", *(f"{bits} bits" for _ in quantities for bits in WIDTHS)]
-    rows: list[list[str]] = []
-    rules: list[int] = []
-    shape = None
-    for case in sorted(lines):
-        if shape not in (None, case[0]):
-            rules.append(len(rows))
-        shape = case[0]
-        cells = [
-            _dash(tex.number(lines[case].get(bits, {}).get(key), spec, factor))
-            for _, key, spec, factor in quantities
-            for bits in WIDTHS
-        ]
-        rows.append([f"{latex_escape(case[0])} {labels[case]}", *cells])
-    return tex.tabular(
-        columns, rows, rules_before=rules, spans=[(head, len(WIDTHS)) for head, *_ in quantities]
-    )
-
-
-KERNEL_TABLES = (
-    (
-        "decode",
-        "decode",
-        (
-            ("times full precision", "speedup_over_full_precision", ".2f", 1.0),
-            ("times dequantizing first", "speedup_over_dequantize_then_attend", ".2f", 1.0),
-            (r"\% of copy", "copy_fraction", ".0f", 100.0),
-        ),
-    ),
-    (
-        "chunk",
-        "prefill",
-        (
-            ("times full precision", "speedup_over_full_precision", ".2f", 1.0),
-            ("times dequantizing first", "speedup_over_dequantize_then_attend", ".2f", 1.0),
-        ),
-    ),
-    ("layershare", "layer_share", ((r"\% of the layer", "percent_of_layer", ".2f", 1.0),)),
-)
-
-
 def compiled(data: dict[str, Any] | None) -> str:
     """What the Triton kernels compile to, from ``python -m kvquant.bench.compile_table --json``: a line for each kernel
     and architecture, with the range over its widths and shapes."""
@@ -280,10 +218,13 @@ TABLES: tuple[tuple[str, str, Builder], ...] = (
     ("history", "history", _history),
     ("ruler", "ruler", _printed),
     ("kernelscpu", "kernelscpu", _printed),
+    ("largest", "largest", _printed),
 )
 
 
-def build_tables(chosen: Mapping[str, Run], measured: Sequence[Row]) -> Iterator[tuple[str, str, list[Run]]]:
+def build_tables(
+    chosen: Mapping[str, Run], measured: Sequence[tuple[dict[str, Any], Run]]
+) -> Iterator[tuple[str, str, list[Run]]]:
     """Yield name, LaTeX and runs of every table; where there is no run, the mark that says so.
 
     Args:
@@ -300,6 +241,7 @@ def build_tables(chosen: Mapping[str, Run], measured: Sequence[Row]) -> Iterator
     # A day of requests takes both phases.
     bill = fleet_tables(metered) if {"energyprefill", "energydecode"} <= chosen.keys() else []
     yield "table-fleet", _fleet(bill[0]) if bill else tex.NOT_MEASURED, metered if bill else []
-    for name, operation, quantities in KERNEL_TABLES:
+    for name, operation, build_cases in KERNEL_TABLES:
         shown = {run.file: run for row, run in measured if row["operation"] == operation}
-        yield f"table-{name}", _kernels(measured, operation, quantities), list(shown.values())
+        cases = cases_of([row for row, _ in measured], operation)
+        yield f"table-{name}", build_cases(cases) if cases else tex.NOT_MEASURED, list(shown.values())
