@@ -297,6 +297,14 @@ def test_results_pages_are_made_of_what_is_kept(tmp_path: Path) -> None:
         ({"task": "kernels", "provenance": {"device": "NVIDIA H100 80GB HBM3"}}, "kernels_h100"),
         (
             {
+                "task": "kernels",
+                "config": {"task": {"shapes": ["llama2_7b", "qwen3_8b"], "tokens": [32768, 1024, 8192]}},
+                "provenance": {"device": "NVIDIA H200"},
+            },
+            "kernels_llama2_7b_qwen3_8b_1k_32k_h200",
+        ),
+        (
+            {
                 "task": "energy",
                 "config": {"task": {"phases": ["decode"]}},
                 "provenance": {"device": "NVIDIA A100-SXM4-40GB"},

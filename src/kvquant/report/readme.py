@@ -20,6 +20,7 @@ from kvquant.errors import ResultError
 from kvquant.report.paper.sources import LONG_TOKENS
 from kvquant.report.paper.tables import MAIN_ROWS
 from kvquant.report.readme_energy import chosen_of, energy_parts, fleet_of
+from kvquant.report.readme_kernels import draw_kept_decode, gpu_name, kernel_parts
 from kvquant.results import FILE_NAME, load_result
 
 BEGIN, END = "<!-- generated: results (begin) -->", "<!-- generated: results (end) -->"
@@ -49,6 +50,7 @@ def main(folders: Sequence[str], root: Path) -> None:
     for folder, result in runs:
         _keep(folder, result, root / "paper")
     kept = _kept(root / "paper" / "data")
+    draw_kept_decode(kept, root / "paper" / "figures")
     _replace(root / "paper" / "results.md", _results_page(kept, root / "paper"))
     readme = root / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
@@ -62,6 +64,7 @@ def name_of(result: Result) -> str:
     """Return what a run is kept as: its preset, or its task with what tells it from others; a GPU's name behind it.
 
     A preset that sweeps makes several runs: what a point sets in the groups of quantizer, cache and text is named, too.
+    A bench of kernels on a GPU comes in parts: shapes and lengths tell them apart.
 
     Args:
         result: as loaded.
@@ -78,8 +81,12 @@ def name_of(result: Result) -> str:
         name += "".join(f"_{phase}" for phase in result["config"]["task"]["phases"])
         shortest = min(result["config"]["task"].get("prompt_tokens") or [0])
         name += f"_{shortest // 1024}k" if shortest >= LONG_TOKENS else ""
-    gpu = re.search(r"\b([AH]\d{3})\b", str(result["provenance"].get("device")))
-    return f"{name}_{gpu.group(1).lower()}" if gpu else name
+    parts = result["config"]["task"]
+    if preset is None and name == "kernels" and parts.get("shapes") and parts.get("tokens"):
+        lengths = [f"{tokens / 1024:g}k" for tokens in (min(parts["tokens"]), max(parts["tokens"]))]
+        name = "_".join([name, *parts["shapes"], *dict.fromkeys(lengths)])
+    gpu = gpu_name(result)
+    return f"{name}_{gpu}" if gpu else name
 
 
 def _keep(folder: Path, result: Result, paper: Path) -> None:
@@ -135,8 +142,10 @@ def _results_page(kept: dict[str, Result], paper: Path) -> str:
             continue
         parts += [f"## {name}", f"`{_command(result)}`", f"{table['title']} {_origin(result)}"]
         parts.append(_table(table["columns"], table["rows"]))
-        figures = sorted((paper / "figures").glob(f"{name}_*.png"))
-        parts += [f"![{path.stem}](figures/{path.name})" for path in figures]
+        figures = sorted(
+            paper / "figures" / f"{name}_{file}" for file in result["figures"] if file.endswith(".png")
+        )
+        parts += [f"![{path.stem}](figures/{path.name})" for path in figures if path.is_file()]
     fleet = fleet_of(chosen_of(kept))
     if fleet is not None:
         parts += [
@@ -165,6 +174,7 @@ def _readme_parts(kept: dict[str, Result], root: Path) -> list[str]:
         parts.append(f"![Divergence from the exact cache against bytes](paper/figures/{MAIN}_{MAIN_FIGURE})")
     said = [*_said_of_main(result), *_said_of_prefill(kept), *_said_of_window(kept)]
     parts += ["\n".join(f"- {line}" for line in said)] if said else []
+    parts += kernel_parts(kept, root / "paper", _table)
     return [*parts, *energy_parts(kept, root / "paper", _table)]
 
 
