@@ -61,6 +61,16 @@ def test_other_models_of_the_file_rotate_as_ever() -> None:
     assert names_of(model)[NAME] is rotation
 
 
+def test_others_may_call_the_rotation_in_any_form() -> None:
+    model = small_model("llama-gqa-llama3")
+    names, tables = names_of(model), {"cos": torch.rand(1, 3, 8), "sin": torch.rand(1, 3, 8)}
+    query, keys = torch.rand(1, 4, 3, 8), torch.rand(1, 2, 3, 8)
+    truth = names[NAME](query, keys, **tables)
+    with record_keys_and_values(model):
+        forms = [names[NAME](query, keys, **tables), names[NAME](q=query, k=keys, **tables)]
+    assert all(torch.equal(x, y) for form in forms for x, y in zip(form, truth, strict=True))
+
+
 def test_contexts_may_close_in_any_order_and_leave_a_later_patch_alone() -> None:
     model, other = small_model("llama-gqa-llama3"), small_model("llama-gqa-llama3")
     names, rotation = names_of(model), names_of(model)[NAME]

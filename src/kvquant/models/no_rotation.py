@@ -40,10 +40,11 @@ class _UnlessIdentity:
     def __init__(self, rotation: Callable[..., Any]) -> None:
         self.rotation, self.users = rotation, 0
 
-    def __call__(self, query: Tensor, keys: Tensor, cos: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and hasattr(cos, _MARK):
-            return query, keys
-        return self.rotation(query, keys, cos, *args, **kwargs)
+    # Others may call it in any form; with our tables a modeling file calls it as (query, keys, cos, ...).
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and len(args) > 2 and hasattr(args[2], _MARK):
+            return args[0], args[1]
+        return self.rotation(*args, **kwargs)
 
 
 @contextlib.contextmanager
