@@ -230,6 +230,8 @@ PROMPTS = [
     (torch.float16, None, None),
     (torch.float32, None, "FlashAttention takes fp16 and bf16, got torch.float32"),
     (torch.bfloat16, 50.0, "FlashAttention has no softcap here"),
+    # As queries of a 16-bit model come where a softcap asks for fp32.
+    (torch.float32, 50.0, "FlashAttention has no softcap here"),
 ]
 
 

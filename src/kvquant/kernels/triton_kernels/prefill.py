@@ -107,14 +107,15 @@ def prefill_refusal(query: Tensor, layer: object, softcap: float | None) -> str 
     D = query.shape[-1]
     if not (isinstance(layer, StoredLayer) and isinstance(layer.keys, KeyStore | ExactStore)):
         return "it reads exact blocks and those of the nuq family"
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"FlashAttention takes fp16 and bf16, got {query.dtype}"
     if D % 8 or D > 256:
         return f"head_dim must be a multiple of 8 up to 256, got {D}"
     if softcap is not None:
         return "FlashAttention has no softcap here"
     if query.is_cuda and not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no FlashAttention"
+    # Last: for any reason above a model's queries come in fp32 (PrefillQuantizedAttention.query_dtype).
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention takes fp16 and bf16, got {query.dtype}"
     return None
 
 
