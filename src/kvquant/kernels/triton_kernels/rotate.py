@@ -25,7 +25,8 @@ def _rotate_tokens(
     j = tl.arange(0, HALF_P)
     live = (head < H)[:, None]
     there = live & (j < HALF)[None, :]
-    source = x + token * token_stride + (head * head_stride)[:, None]
+    # Heads may be further apart than 32 bits count: [H, T, D] of a long call.
+    source = x + token * token_stride + (head.to(tl.int64) * head_stride)[:, None]
     to = out + token * H * D + (head * D)[:, None]
     c = tl.load(cos + token * (2 * HALF) + j, mask=j < HALF, other=0.0)[None, :]
     s = tl.load(sin + token * (2 * HALF) + j, mask=j < HALF, other=0.0)[None, :]
