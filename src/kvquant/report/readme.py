@@ -215,9 +215,18 @@ def _said_of_prefill(kept: dict[str, Result]) -> list[str]:
         f"`python src/run.py`, a ragged batch of {metrics['batch']['prompts']} prompts: {metrics['memory']['compression']:.2f} "
         f"times smaller than half precision ({metrics['memory']['quantized']['effective_bits']:.2f} bits), "
         f"{metrics['capacity']['sequences_ratio']:.2f} times as many such sequences in a budget; on a CPU the first token comes "
-        f"{metrics['prefill']['ttft_overhead_percent']:+.0f}% later and decoding runs at "
+        f"{_first_token(metrics['prefill'])} later and decoding runs at "
         f"{metrics['decode']['tokens_per_s_quantized']:.0f} instead of {metrics['decode']['tokens_per_s_exact']:.0f} tokens/s."
     ]
+
+
+def _first_token(prefill: dict[str, float]) -> str:
+    """By how much the first token is later, with the spread of pairs where the run kept it."""
+    said = f"{prefill['ttft_overhead_percent']:+.1f}%"
+    if "ttft_overhead_lowest_percent" not in prefill:
+        return said
+    low, high = (prefill[f"ttft_overhead_{end}_percent"] for end in ("lowest", "highest"))
+    return f"{said} (single pairs {low:+.0f}% to {high:+.0f}%)"
 
 
 def _interval(entry: dict[str, float]) -> str:
