@@ -1,7 +1,7 @@
 """Leave a model's own rotation out where its attention is ours, which rotates on its own.
 
 Multiplying by 1 and adding the half-turned 0 changes nothing, but costs a GPU some ten passes over queries and keys a
-layer: a tenth of a prefill. So the function that the modeling file of every supported family calls by this name hands
+layer. So the function that the modeling file of every supported family calls by this name hands
 on what comes with our tables, and does as before for everything else. Where tables are copied on their way (to another
 device) or the model is traced, it multiplies, which gives the same numbers.
 """

@@ -20,7 +20,7 @@ from kvquant.kernels.triton_kernels.shares import places_of, programs_for, share
 
 # Programs of a round for each multiprocessor: it holds four at once, twice over.
 _RESIDENT = 8
-_FEWEST_BLOCKS = 32  # of a program: exact ones take equally long, so that more rounds even out little
+_FEWEST_BLOCKS = 32  # of a program: exact ones take equally long; other numbers were not measured
 # For 8192 numbers of a block and head; what is prefetched must leave room in shared memory.
 _WARPS, _STAGES, _PREFETCH_BYTES = 4, 3, 64 << 10
 

@@ -1,7 +1,6 @@
 """Rotation of a call's tokens to their positions in one launch, rounded once.
 
-In plain PyTorch it takes some eight passes over fp32 copies of the queries, which in prefill are as many bytes as a
-projection's weights.
+In plain PyTorch it takes some eight passes over fp32 copies of the queries.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
