@@ -114,13 +114,15 @@ class BlockStorage:
         """Spill chunks behind some blocks, int64 [L]; a block named twice counts twice."""
         if not (self.layout.chains_outliers and blocks):
             return self.spill_top.new_zeros(self.layout.num_layers, dtype=torch.int64)
-        return spill_chains.count(self.layers, blocks)
+        return spill_chains.count(self.tensors, blocks)
 
     def copy_block(self, source: int, target: int) -> bool:
         """Copy a block with chains of its own; returns False, with nothing taken, when spill chunks run out."""
         for name in self.layout.block_shapes():
             self.tensors[name][:, target] = self.tensors[name][:, source]
-        if self.layout.chains_outliers and not spill_chains.copy(self.layers, source, target):
+        if self.layout.chains_outliers and not spill_chains.copy(
+            self.tensors, self.spill_top, source, target
+        ):
             self.tensors["key_outlier_count"][:, target] = 0
             return False
         return True
@@ -133,7 +135,7 @@ class BlockStorage:
     def crop_block(self, block: int, tokens: int) -> None:
         """Forget the outliers of slots from ``tokens`` on; codes need no forgetting."""
         if self.layout.chains_outliers:
-            spill_chains.crop(self.layers, block, tokens, self.layout.head_dim)
+            spill_chains.crop(self.tensors, self.spill_top, block, tokens, self.layout.head_dim)
 
     def release_blocks(self, blocks: list[int]) -> None:
         """Give back the spill chunks of blocks that nobody holds any more."""

@@ -2,22 +2,20 @@
 
 Used when sequences are freed, cropped or forked, never while tokens are written. A chain is as long as its (block,
 head)'s count says; links beyond that are dead.
+
+Everything is done for all layers at once, a link of every chain after the other: the device is waited for once and
+once for each chunk of the longest chain, however many layers there are. ``tensors`` are the pool's, [L, ...] each, and
+``spill_top`` is the height of each layer's stack of free chunks, int32 [L, 1], which is updated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvquant.kernels import SPILL_ENTRIES, KeyStore, LayerStore
-
-
-def _key_stores(layers: Sequence[LayerStore]) -> Iterator[KeyStore]:
-    for layer in layers:
-        assert isinstance(layer.keys, KeyStore)  # no other store has outliers that vary in number
-        yield layer.keys
+from kvquant.kernels import SPILL_ENTRIES
 
 
 def _chain_lengths(counts: Tensor, base: int) -> Tensor:
@@ -26,97 +24,107 @@ def _chain_lengths(counts: Tensor, base: int) -> Tensor:
     return torch.div(beyond + SPILL_ENTRIES - 1, SPILL_ENTRIES, rounding_mode="floor").clamp(min=0)
 
 
-def _lengths_of(store: KeyStore, counts: Tensor) -> Tensor:
-    return _chain_lengths(counts, store.outlier_index.shape[-1])
+def _lengths_of(tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """Chunks of every chain of some blocks, int32 [L, blocks * heads]."""
+    counts = tensors["key_outlier_count"][:, ids].flatten(1)
+    return _chain_lengths(counts, tensors["key_outlier_index"].shape[-1])
 
 
-def _chunks(store: KeyStore, heads: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """Ids of chunks number ``first`` to ``last - 1`` of the chains that begin at ``heads`` (flat tensors)."""
-    found, chunk = [], heads.to(torch.int64)
-    for level in range(int(last.max()) if last.numel() else 0):
-        found.append(chunk[(level >= first) & (level < last)])
-        chunk = store.spill_next[chunk].to(torch.int64)
-    return torch.cat(found) if found else heads.new_zeros(0, dtype=torch.int64)
+def _heads_of(tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
+    return tensors["spill_head"][:, ids].flatten(1).to(torch.int64)
 
 
-def _push(store: KeyStore, chunks: Tensor) -> None:
-    top = int(store.spill_top)
-    store.spill_free[top : top + chunks.numel()] = chunks.to(torch.int32)
-    store.spill_top.add_(chunks.numel())
+def _next(tensors: dict[str, Tensor], chunk: Tensor) -> Tensor:
+    """The links of chunks [L, n]; of a chain that has ended, whatever chunk its dead link names."""
+    return tensors["spill_next"].gather(1, chunk).to(torch.int64)
 
 
-def count(layers: Sequence[LayerStore], blocks: Sequence[int]) -> Tensor:
-    """How many spill chunks each layer keeps behind some blocks, int64 [L]."""
-    ids = list(blocks)
-    return torch.stack([_lengths_of(s, s.outlier_count[ids]).sum() for s in _key_stores(layers)]).long()
+def _levels(lengths: Tensor) -> range:
+    """Numbers of the longest chain's chunks (waits for the device)."""
+    return range(int(lengths.max()) if lengths.numel() else 0)
 
 
-def release(tensors: dict[str, Tensor], spill_top: Tensor, blocks: list[int]) -> None:
-    """Return all spill chunks of some blocks to the free stacks, of all layers at once.
+def count(tensors: dict[str, Tensor], blocks: Sequence[int]) -> Tensor:
+    """How many spill chunks each layer keeps behind some blocks, int64 [L]; a block named twice counts twice."""
+    ids = torch.tensor(blocks, device=tensors["key_outlier_count"].device)
+    return _lengths_of(tensors, ids).sum(1, dtype=torch.int64)
 
-    Waits for the device once, and once for each chunk of the longest chain, however many layers there are.
+
+def release(tensors: dict[str, Tensor], spill_top: Tensor, blocks: Sequence[int]) -> None:
+    """Return all spill chunks of some blocks to the free stacks; the blocks have no outliers then.
 
     Args:
-        tensors: of the pool's layers, [L, ...] each.
-        spill_top: height of each layer's stack, int32 [L, 1]; updated.
+        tensors, spill_top: see above.
         blocks: distinct ids.
     """
     ids = torch.tensor(blocks, device=spill_top.device)
-    base = tensors["key_outlier_index"].shape[-1]
-    lengths = _chain_lengths(tensors["key_outlier_count"][:, ids], base).flatten(1)  # [L, blocks * heads]
-    chunk = tensors["spill_head"][:, ids].flatten(1).to(torch.int64)
-    for level in range(int(lengths.max()) if lengths.numel() else 0):
-        taken = level < lengths
-        layer, entry = taken.nonzero(as_tuple=True)
-        place = spill_top + taken.cumsum(1) - 1
-        tensors["spill_free"][layer, place[layer, entry]] = chunk[layer, entry].to(torch.int32)
-        spill_top += taken.sum(1, keepdim=True)
-        # Of a chain that has ended the head may be anything that was once a chunk: it leads to some chunk.
-        chunk = tensors["spill_next"].gather(1, chunk).to(torch.int64)
+    lengths, chunk = _lengths_of(tensors, ids), _heads_of(tensors, ids)
+    for level in _levels(lengths):
+        _push(tensors, spill_top, chunk, level < lengths)
+        chunk = _next(tensors, chunk)
     tensors["key_outlier_count"][:, ids] = 0
 
 
-def crop(layers: Sequence[LayerStore], block: int, tokens: int, head_dim: int) -> None:
-    """Drop the outliers of slots from ``tokens`` on in one block."""
-    for store in _key_stores(layers):
-        base, count, head = store.outlier_index.shape[-1], store.outlier_count[block], store.spill_head[block]
-        old = _lengths_of(store, count)
-        limit = tokens * head_dim
-        kept = _entries_below(store.outlier_index[block], count, limit)
-        chunk = head.to(torch.int64)
-        for level in range(int(old.max())):
-            left = count - base - level * SPILL_ENTRIES
-            kept = kept + _entries_below(store.spill_index[chunk], left, limit)
-            chunk = store.spill_next[chunk].to(torch.int64)
-        _push(store, _chunks(store, head, _lengths_of(store, kept), old))
-        store.outlier_count[block] = kept.to(torch.int32)
+def _push(tensors: dict[str, Tensor], spill_top: Tensor, chunk: Tensor, taken: Tensor) -> None:
+    """Put those of ``chunk`` [L, n] that are ``taken`` onto the stacks."""
+    layer, entry = taken.nonzero(as_tuple=True)
+    place = spill_top + taken.cumsum(1) - 1
+    tensors["spill_free"][layer, place[layer, entry]] = chunk[layer, entry].to(torch.int32)
+    spill_top += taken.sum(1, keepdim=True)
+
+
+def crop(tensors: dict[str, Tensor], spill_top: Tensor, block: int, tokens: int, head_dim: int) -> None:
+    """Drop the outliers of slots from ``tokens`` on in one block, and the chunks that are empty then.
+
+    Entries are in token order, so that what is kept of each chain is its beginning.
+    """
+    ids = torch.tensor([block], device=spill_top.device)
+    counts, limit = tensors["key_outlier_count"][:, block], tokens * head_dim
+    old, chunk = _lengths_of(tensors, ids), _heads_of(tensors, ids)
+    kept = _entries_below(tensors["key_outlier_index"][:, block], counts, limit)
+    base, layer = (
+        tensors["key_outlier_index"].shape[-1],
+        torch.arange(len(chunk), device=chunk.device)[:, None],
+    )
+    chunks = []
+    for level in _levels(old):
+        left = counts - base - level * SPILL_ENTRIES
+        kept = kept + _entries_below(tensors["spill_index"][layer, chunk], left, limit)
+        chunks.append(chunk)
+        chunk = _next(tensors, chunk)
+    new = _chain_lengths(kept, base)
+    for level, chunk in enumerate(chunks):
+        _push(tensors, spill_top, chunk, (new <= level) & (level < old))
+    tensors["key_outlier_count"][:, block] = kept.to(torch.int32)
 
 
 def _entries_below(index: Tensor, count: Tensor, limit: int) -> Tensor:
-    """How many of the first ``count`` [H] entries of ``index`` [H, K] lie below ``limit``."""
-    present = torch.arange(index.shape[-1], device=index.device) < count[:, None]
+    """How many of the first ``count`` [L, H] entries of ``index`` [L, H, K] lie below ``limit``."""
+    present = torch.arange(index.shape[-1], device=index.device) < count[..., None]
     return (present & ((index.to(torch.int64) & 0xFFFF) < limit)).sum(-1)
 
 
-def copy(layers: Sequence[LayerStore], source: int, target: int) -> bool:
+def copy(tensors: dict[str, Tensor], spill_top: Tensor, source: int, target: int) -> bool:
     """Give a copied block chains of its own; returns False, with nothing taken, when chunks run out."""
-    stores = list(_key_stores(layers))
-    needed = [_lengths_of(store, store.outlier_count[source]) for store in stores]
-    if any(int(n.sum()) > int(store.spill_top) for store, n in zip(stores, needed, strict=True)):
+    ids = torch.tensor([source], device=spill_top.device)
+    lengths, old = _lengths_of(tensors, ids), _heads_of(tensors, ids)
+    if bool((lengths.sum(1, keepdim=True) > spill_top).any()):
         return False
-    for store, lengths in zip(stores, needed, strict=True):
-        for h, length in enumerate(lengths.tolist()):
-            old, previous = int(store.spill_head[source, h]), None
-            for _ in range(length):
-                store.spill_top.sub_(1)
-                new = int(store.spill_free[int(store.spill_top)])
-                store.spill_index[new], store.spill_value[new] = (
-                    store.spill_index[old],
-                    store.spill_value[old],
-                )
-                if previous is None:
-                    store.spill_head[target, h] = new
-                else:
-                    store.spill_next[previous] = new
-                old, previous = int(store.spill_next[old]), new
+    previous = old
+    for level in _levels(lengths):
+        taken = level < lengths
+        layer, head = taken.nonzero(as_tuple=True)
+        free = tensors["spill_free"]
+        place = (spill_top - taken.cumsum(1)).clamp(0, free.shape[1] - 1)  # of chains that have ended, any
+        new = free.gather(1, place).to(torch.int64)
+        to, origin = new[layer, head], old[layer, head]
+        for name in ("spill_index", "spill_value"):
+            tensors[name][layer, to] = tensors[name][layer, origin]
+        link = to.to(torch.int32)
+        if level == 0:
+            tensors["spill_head"][layer, target, head] = link
+        else:
+            tensors["spill_next"][layer, previous[layer, head]] = link
+        spill_top -= taken.sum(1, keepdim=True)
+        previous, old = new, _next(tensors, old)
     return True
