@@ -82,10 +82,8 @@ def crop(tensors: dict[str, Tensor], spill_top: Tensor, block: int, tokens: int,
     counts, limit = tensors["key_outlier_count"][:, block], tokens * head_dim
     old, chunk = _lengths_of(tensors, ids), _heads_of(tensors, ids)
     kept = _entries_below(tensors["key_outlier_index"][:, block], counts, limit)
-    base, layer = (
-        tensors["key_outlier_index"].shape[-1],
-        torch.arange(len(chunk), device=chunk.device)[:, None],
-    )
+    base = tensors["key_outlier_index"].shape[-1]
+    layer = torch.arange(len(chunk), device=chunk.device)[:, None]
     chunks = []
     for level in _levels(old):
         left = counts - base - level * SPILL_ENTRIES
