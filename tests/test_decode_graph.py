@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from interpreter import interpret
 from kvquant.errors import ModelError, NonFiniteActivations
 from kvquant.kernels import ERROR_KEY_NOT_FINITE
 from kvquant.models import QuantizedCache, quantized_kv_cache
 from kvquant.models.decode_graph import DecodeGraph, record_cuda_graph
 from small_models import exact, prompts_of, quantized, small_model
 
-SRC = Path(__file__).resolve().parent.parent / "src"
 STORED = pytest.mark.parametrize("stored", [exact, quantized])
 # What waits for the device, or makes a tensor on the host to be copied: a graph can hold neither.
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique")
@@ -153,9 +149,7 @@ def test_the_watch_sees_what_a_graph_cannot_hold() -> None:
 
 
 def test_steps_neither_wait_for_the_device_nor_copy_from_the_host() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret(__file__)
 
 
 @pytest.mark.gpu

@@ -7,15 +7,11 @@ compiled, with larger ones, on a GPU.
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-SRC = Path(__file__).resolve().parent.parent / "src"
+from interpreter import interpret
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +106,7 @@ def check(case: Case, device: str, programs: int) -> None:
 
 
 def test_decode_in_the_interpreter_agrees_with_tiled_attention() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret(__file__)
 
 
 @pytest.mark.gpu

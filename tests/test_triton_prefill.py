@@ -7,18 +7,13 @@ plain attention in place of the library's, and compiled, with the library's and 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from interpreter import interpret
 from kvquant.kernels.prefill_plan import plan_prefill
-
-SRC = Path(__file__).resolve().parent.parent / "src"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,9 +237,7 @@ def dequantized_cases() -> list[Case]:
 
 
 def test_prefill_in_the_interpreter_agrees_with_tiled_attention() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret(__file__)
 
 
 @pytest.mark.gpu

@@ -6,16 +6,12 @@ compiled on a GPU.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-SRC = Path(__file__).resolve().parent.parent / "src"
+from interpreter import interpret
+
 # (T, H, D, R): whole heads, some channels, an odd number of pairs, more heads than a program takes
 SHAPES = [(5, 4, 64, 64), (3, 3, 48, 36), (4, 2, 80, 80), (2, 33, 128, 128), (2, 5, 256, 256)]
 
@@ -59,9 +55,7 @@ def test_the_plain_form_is_the_models_own_rounded_once(shape, dtype) -> None:
 
 def test_rotation_in_the_interpreter_agrees_with_pytorch() -> None:
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret(__file__)
 
 
 @pytest.mark.gpu

@@ -7,15 +7,12 @@ script), and compiled on a GPU.
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-SRC = Path(__file__).resolve().parent.parent / "src"
+from interpreter import interpret
+
 FEWEST_BLOCKS = 3
 
 
@@ -79,9 +76,7 @@ def check(case: Case, device: str) -> None:
 
 
 def test_every_block_has_one_program_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret(__file__)
 
 
 @pytest.mark.gpu

@@ -7,15 +7,12 @@ file as a script), and compiled on a GPU.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-SRC = Path(__file__).resolve().parent.parent / "src"
+from interpreter import interpret
+
 # Tokens, heads, head_dim: one token, a number of channels that is no power of two, more channels than a program has.
 SHAPES = [(1, 1, 64), (70, 2, 80), (9, 5, 96), (3, 32, 128)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -54,9 +51,7 @@ def all_checks(device: str) -> None:
 
 
 def test_the_interpreter_stores_what_the_reference_stores() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret(__file__)
 
 
 @pytest.mark.gpu
