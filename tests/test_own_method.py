@@ -23,6 +23,11 @@ def checkout(tmp_path_factory) -> Path:
     skipped = shutil.ignore_patterns("__pycache__", "assets")
     shutil.copytree(ROOT / "src", copy / "src", ignore=skipped)
     shutil.copytree(ROOT / "conf", copy / "conf")
+    # Loops that were compiled for these sources (README's file is not among them) need not be compiled again.
+    cache = Path("src", "kvquant", "compiled", "__pycache__")
+    (copy / cache).mkdir()
+    for path in (ROOT / cache).glob("*.nb?"):
+        shutil.copy(path, copy / cache)
     (copy / "src" / "kvquant" / "assets").symlink_to(ROOT / "src" / "kvquant" / "assets")
     (copy / "tests").mkdir()
     for name in ("test_methods.py", "small_models.py"):
