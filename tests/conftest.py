@@ -5,10 +5,26 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
+
 # One thread per process, subprocesses included: workers of `pytest -n 2` would otherwise each take every core, and
 # threads that wait by spinning burn minutes of a machine that somebody else uses too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+# What may stand behind `pytest` for it to be the whole suite: how to report, and nothing about what to run or how.
+REPORTING = ("-q", "-v", "--durations", "--tb")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in two processes; a part, with -x, -s, --pdb or a marker, stays in one that can be watched."""
+    is_whole = all(str(arg).startswith(REPORTING) for arg in config.invocation_params.args)
+    is_worker = hasattr(config, "workerinput")
+    if is_whole and not is_worker and config.pluginmanager.hasplugin("xdist") and (os.cpu_count() or 1) > 1:
+        # Two whatever the machine: each takes up to 1.5 GB.
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
