@@ -32,6 +32,8 @@ def look_things_up_once() -> None:
     """
     from triton.runtime import interpreter
 
+    if not all(hasattr(interpreter, name) for name in ("GridExecutor", "_patch_lang", "_get_np_dtype")):
+        return  # another Triton: slower, and no less right
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     find_dtype = interpreter._get_np_dtype
     patched: dict[int, Any] = {}  # by the globals of the function that is called
