@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -14,15 +15,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 # What may stand behind `pytest` for it to be the whole suite: how to report, and nothing about what to run or how.
-REPORTING = ("-q", "-v", "--durations", "--tb")
+REPORTING = re.compile(r"-q+|-v+|--durations=\d+|--tb=\w+")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite in two processes; a part, with -x, -s, --pdb or a marker, stays in one that can be watched."""
-    is_whole = all(str(arg).startswith(REPORTING) for arg in config.invocation_params.args)
+    given = config.invocation_params
+    is_whole = given.dir == config.rootpath and all(REPORTING.fullmatch(str(arg)) for arg in given.args)
     is_worker = hasattr(config, "workerinput")
-    if is_whole and not is_worker and config.pluginmanager.hasplugin("xdist") and (os.cpu_count() or 1) > 1:
+    if (
+        not is_whole
+        or is_worker
+        or os.environ.get("PYTEST_ADDOPTS")
+        or not config.pluginmanager.hasplugin("xdist")
+    ):
+        return
+    if len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)) > 1:
         # Two whatever the machine: each takes up to 1.5 GB.
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 

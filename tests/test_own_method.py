@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -23,11 +24,15 @@ def checkout(tmp_path_factory) -> Path:
     skipped = shutil.ignore_patterns("__pycache__", "assets")
     shutil.copytree(ROOT / "src", copy / "src", ignore=skipped)
     shutil.copytree(ROOT / "conf", copy / "conf")
-    # Loops that were compiled for these sources (README's file is not among them) need not be compiled again.
+    # Loops that were compiled for these sources (README's file is not among them) need not be compiled again. Under the
+    # lock of those who write them (disk_cache.py), or an index and what it names could be of different moments.
     cache = Path("src", "kvquant", "compiled", "__pycache__")
     (copy / cache).mkdir()
-    for path in (ROOT / cache).glob("*.nb?"):
-        shutil.copy(path, copy / cache)
+    if (ROOT / cache).is_dir():
+        with (ROOT / cache / "loops.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for path in (ROOT / cache).glob("*.nb?"):
+                shutil.copy(path, copy / cache)
     (copy / "src" / "kvquant" / "assets").symlink_to(ROOT / "src" / "kvquant" / "assets")
     (copy / "tests").mkdir()
     for name in ("test_methods.py", "small_models.py"):

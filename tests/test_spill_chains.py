@@ -10,7 +10,7 @@ import torch
 from kvquant import spill_chains
 from kvquant.kernels import SPILL_ENTRIES
 
-LAYERS, BLOCKS, HEADS, BASE, CHUNKS, HEAD_DIM, SLOTS = 3, 5, 2, 6, 40, 8, 64
+LAYERS, BLOCKS, HEADS, BASE, CHUNKS, HEAD_DIM, SLOTS = 3, 5, 2, 6, 40, 1024, 64
 
 
 class Chains:
@@ -81,7 +81,7 @@ class Chains:
             rows = [(t["key_outlier_index"][layer, block, head], t["key_outlier_value"][layer, block, head])]
             rows += [(t["spill_index"][layer, c], t["spill_value"][layer, c]) for c in chain]
             index, value = (torch.cat(side)[:count].tolist() for side in zip(*rows, strict=True))
-            assert index == [n for n, _ in entries]
+            assert [n & 0xFFFF for n in index] == [n for n, _ in entries]
             assert value == pytest.approx([v for _, v in entries])
             assert used[layer].isdisjoint(chain) and len(set(chain)) == len(chain)
             used[layer].update(chain)
@@ -128,14 +128,26 @@ def test_blocks_that_are_filled_copied_cut_and_given_back(seed: int) -> None:
 
 
 def test_a_copy_takes_nothing_where_one_layer_has_too_few_chunks() -> None:
+    torch.manual_seed(0)
     chains = Chains(0)
-    entries = [(n, 1.0) for n in range(BASE + 40)]
-    for head in range(HEADS):
-        chains.lists[1, 0, head] = entries
-        chains._write(1, 0, head, entries)
+    entries = [(n, 1.0) for n in range(BASE + 40)]  # two chunks of each head
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            chains.lists[layer, 0, head] = entries
+            chains._write(layer, 0, head, entries)
     before = chains.top.clone()
-    chains.top[1] = 3  # both heads' chains take four
+    short = before.clone()
+    short[1] = 2 * HEADS - 1
+    chains.top.copy_(short)
     assert not spill_chains.copy(chains.tensors, chains.top, 0, 1)
-    assert chains.top[1] == 3
+    assert torch.equal(chains.top, short)
     chains.top.copy_(before)
     chains.check()
+
+    chains.top.fill_(2 * HEADS)  # just enough
+    for name in ("key_outlier_count", "key_outlier_index", "key_outlier_value", "spill_head"):
+        chains.tensors[name][:, 1] = chains.tensors[name][:, 0]
+    assert spill_chains.copy(chains.tensors, chains.top, 0, 1)
+    assert not chains.top.any()
+    assert all(len(chains.chunks(layer, 1, head)) == 2 for layer in range(LAYERS) for head in range(HEADS))
+    assert spill_chains.count(chains.tensors, []).tolist() == [0] * LAYERS

@@ -3,8 +3,8 @@
 Used when sequences are freed, cropped or forked, never while tokens are written. A chain is as long as its (block,
 head)'s count says; links beyond that are dead.
 
-Everything is done for all layers at once, a link of every chain after the other: the device is waited for once and
-once for each chunk of the longest chain, however many layers there are. ``tensors`` are the pool's, [L, ...] each, and
+Everything is done for all layers at once, a link of every chain after the other: the device is waited for a few times
+and once for each chunk of the longest chain, however many layers there are. ``tensors`` are the pool's, [L, ...] each, and
 ``spill_top`` is the height of each layer's stack of free chunks, int32 [L, 1], which is updated.
 """
 
@@ -24,13 +24,13 @@ def _chain_lengths(counts: Tensor, base: int) -> Tensor:
     return torch.div(beyond + SPILL_ENTRIES - 1, SPILL_ENTRIES, rounding_mode="floor").clamp(min=0)
 
 
-def _lengths_of(tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
+def _lengths_of(tensors: dict[str, Tensor], ids: Tensor | slice) -> Tensor:
     """Chunks of every chain of some blocks, int32 [L, blocks * heads]."""
     counts = tensors["key_outlier_count"][:, ids].flatten(1)
     return _chain_lengths(counts, tensors["key_outlier_index"].shape[-1])
 
 
-def _heads_of(tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
+def _heads_of(tensors: dict[str, Tensor], ids: Tensor | slice) -> Tensor:
     return tensors["spill_head"][:, ids].flatten(1).to(torch.int64)
 
 
@@ -46,7 +46,7 @@ def _levels(lengths: Tensor) -> range:
 
 def count(tensors: dict[str, Tensor], blocks: Sequence[int]) -> Tensor:
     """How many spill chunks each layer keeps behind some blocks, int64 [L]; a block named twice counts twice."""
-    ids = torch.tensor(blocks, device=tensors["key_outlier_count"].device)
+    ids = torch.tensor(blocks, dtype=torch.int64, device=tensors["key_outlier_count"].device)
     return _lengths_of(tensors, ids).sum(1, dtype=torch.int64)
 
 
@@ -78,9 +78,8 @@ def crop(tensors: dict[str, Tensor], spill_top: Tensor, block: int, tokens: int,
 
     Entries are in token order, so that what is kept of each chain is its beginning.
     """
-    ids = torch.tensor([block], device=spill_top.device)
     counts, limit = tensors["key_outlier_count"][:, block], tokens * head_dim
-    old, chunk = _lengths_of(tensors, ids), _heads_of(tensors, ids)
+    old, chunk = _lengths_of(tensors, slice(block, block + 1)), _heads_of(tensors, slice(block, block + 1))
     kept = _entries_below(tensors["key_outlier_index"][:, block], counts, limit)
     base = tensors["key_outlier_index"].shape[-1]
     layer = torch.arange(len(chunk), device=chunk.device)[:, None]
@@ -103,9 +102,11 @@ def _entries_below(index: Tensor, count: Tensor, limit: int) -> Tensor:
 
 
 def copy(tensors: dict[str, Tensor], spill_top: Tensor, source: int, target: int) -> bool:
-    """Give a copied block chains of its own; returns False, with nothing taken, when chunks run out."""
-    ids = torch.tensor([source], device=spill_top.device)
-    lengths, old = _lengths_of(tensors, ids), _heads_of(tensors, ids)
+    """Give a copied block chains of its own; returns False, with nothing taken, when chunks run out in any layer."""
+    lengths, old = (
+        _lengths_of(tensors, slice(source, source + 1)),
+        _heads_of(tensors, slice(source, source + 1)),
+    )
     if bool((lengths.sum(1, keepdim=True) > spill_top).any()):
         return False
     previous = old
