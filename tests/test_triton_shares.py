@@ -51,6 +51,7 @@ def check(case: Case, device: str) -> None:
         window=case.window, sink_tokens=case.sink_tokens,
     )  # fmt: skip
     shares, parts = (x.tolist() for x in made)
+    assert shares[0][3] == 0  # from which a kernel counts
     visible = []
     for length in case.lengths:
         first = max(min(length, case.sink_tokens), 0 if case.window is None else length - case.window)

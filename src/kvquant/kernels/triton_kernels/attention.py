@@ -9,14 +9,20 @@ import torch
 import triton
 from torch import Tensor
 
-from kvquant.kernels import KeyStore, LayerConstants, Rope, StoredLayer, ValueStore, say_once
+from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore, say_once
 from kvquant.kernels.tiled_attention import attend_tiled
-from kvquant.kernels.triton_kernels import decode, merge, prepare, scratch
+from kvquant.kernels.triton_kernels import decode, scratch
+from kvquant.kernels.triton_kernels.decode_call import (
+    attend_sinks,
+    empty_parts,
+    merge_parts,
+    plane_bytes_of,
+    prepare_call,
+)
 from kvquant.kernels.triton_kernels.exact_decode import attend_exact_decode, exact_refusal
 from kvquant.kernels.triton_kernels.lookup import INTERPRET
 from kvquant.kernels.triton_kernels.prefill import attend_prefill, prefill_refusal
-from kvquant.kernels.triton_kernels.shares import empty_shares, padded, places_of, programs_for
-from kvquant.packing import packed_row_bytes, plane_widths
+from kvquant.kernels.triton_kernels.shares import places_of, programs_for
 from kvquant.ragged import RaggedStep
 
 DECODE_BITS = (2, 3, 4)
@@ -110,7 +116,7 @@ def decode_refusal(
             f"it decodes {', '.join(map(str, DECODE_BITS))} bits, got {layer.key_bits} and {layer.value_bits}"
         )
     # A field of the keys' plane is one side of a product, which has 16 channels at least.
-    if D % 16 or D > 256 or triton.next_power_of_2(_plane_bytes(D, layer.key_bits)) < 16:
+    if D % 16 or D > 256 or triton.next_power_of_2(plane_bytes_of(D, layer.key_bits)) < 16:
         return f"head_dim must be a multiple of 16 from 48 to 256 (from 32 at 4 bits), got {D}"
     if block_size not in (32, 64, 128):  # triton 3.6 fails to compile products of 16 tokens
         return f"cache.block_size must be 32, 64 or 128, got {block_size}"
@@ -123,11 +129,6 @@ def decode_refusal(
             f"it serves up to 32 query heads per KV head, got {query.shape[1] // layer.keys.codes.shape[1]}"
         )
     return None
-
-
-def _plane_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of the widest plane of a row of 2, 3 or 4-bit codes: the channels of one field."""
-    return packed_row_bytes(head_dim, max(plane_widths(bits)))
 
 
 def attend_decode(
@@ -164,24 +165,22 @@ def attend_decode(
     H, M = keys.codes.shape[1], block_table.shape[1]
     G = Hq // H
     GP = max(8, triton.next_power_of_2(G))  # columns of a tensor core's product
-    device, fp32 = query.device, torch.float32
-    places = places_of(_RESIDENT, device)
+    places = places_of(_RESIDENT, query.device)
     programs = max(B, programs or programs_for(B, H, M, places, _FEWEST_BLOCKS))
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     q = query.contiguous()
     factor = softmax_scale if softcap is not None else softmax_scale * decode.LOG2E.value
-    KW = _plane_bytes(D, layer.key_bits)
+    KW = plane_bytes_of(D, layer.key_bits)
     rope = None if rope is None else Rope(*(t.contiguous() for t in rope))
     sink_tokens = 0 if sinks is None else sinks[0].shape[1]
-    prepared, parts = _prepare(
+    prepared, parts = prepare_call(
         q, kv_lengths, constants, rope, M, block_size, blocks_per_tile, factor, H, GP, KW,
-        layer.key_bits, layer.value_bits, programs, max(1, places // H), window, sink_tokens,
+        layer.key_bits, layer.value_bits, programs, max(1, places // H), _FEWEST_BLOCKS,
+        window, sink_tokens,
     )  # fmt: skip
     # The exact first tokens of each sequence are one more part.
-    rows = programs + (B if sink_tokens else 0)
-    best, total = (torch.empty(rows, H, GP, dtype=fp32, device=device) for _ in range(2))
-    out = torch.empty(rows, H, GP, D, dtype=fp32, device=device)
-    VW = _plane_bytes(D, layer.value_bits)
+    best, total, out = empty_parts(programs + (B if sink_tokens else 0), H, GP, D, query.device)
+    VW = plane_bytes_of(D, layer.value_bits)
     K_BASE = keys.outlier_index.shape[-1]
     outliers = K_BASE > 0 or values.outlier_index.shape[-1] > 0
     matrix = scratch.matrix_bytes(D, block_size, prepared[0].shape[1], GP) if outliers else 0
@@ -205,103 +204,7 @@ def attend_decode(
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
         SCRATCH=scratch.declaration(matrix), MATRIX=matrix, num_warps=decode.WARPS, num_stages=1, maxnreg=_REGISTERS,
     )  # fmt: skip
+    of_sinks = None
     if sinks is not None and sink_tokens:
-        part = _attend_sinks(q.float(), sinks, kv_lengths, rope, softmax_scale, softcap, window, H, GP)
-        for whole, last in zip((best, total, out), part, strict=True):
-            whole[programs:] = last
-    merged = torch.empty_like(query, memory_format=torch.contiguous_format)
-    merge._merge_kernel[(B * Hq,)](
-        best, total, out, parts, merged, programs, H, SINKS=int(sink_tokens > 0),
-        G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=4,
-    )  # fmt: skip
-    return merged
-
-
-def _prepare(
-    query: Tensor,
-    kv_lengths: Tensor,
-    constants: LayerConstants,
-    rope: Rope | None,
-    columns: int,
-    block_size: int,
-    blocks_per_tile: int,
-    factor: float,
-    H: int,
-    GP: int,
-    plane_bytes: int,
-    bits: int,
-    value_bits: int,
-    programs: int,
-    at_once: int,
-    window: int | None,
-    sink_tokens: int,
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The decode kernel's first ten arguments (see prepare.py), a few KiB per head, half a KiB per block, and parts."""
-    B, Hq, D = query.shape
-    BH, wide, half = B * H, torch.float32, torch.float16
-    words_per_lane, halves = -(-plane_bytes // 16), 1 if bits == 4 else 2
-    units = words_per_lane * halves
-    rows = min(block_size, 64)  # keys are rotated by their place among as many
-    bases = 0 if rope is None else columns * block_size // rows
-
-    def empty(*shape: int, dtype: torch.dtype = half) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=query.device)
-
-    prepared = (
-        empty(BH, units, GP, 4, 8),
-        empty(BH, D, GP),
-        empty(BH, units, 4, 16),
-        empty(BH, D, dtype=wide),
-        empty(BH, 2, dtype=wide),
-        empty(units, rows // 16, 64, 8),
-        empty(max(bases, 1), units, 4, 8),
-        empty(max(bases, 1), D, dtype=wide),
-        empty(32, dtype=torch.int32),
-    )
-    shares, parts = empty_shares(B, programs, query.device)
-    tables = (constants.key_zero,) * 4 if rope is None else tuple(rope)
-    prepare._prepare_kernel[(B + BH + (0 if rope is None else rows) + bases,)](
-        query, constants.key_zero, constants.key_scale, constants.key_centroids, constants.value_centroids, *tables,
-        kv_lengths, *prepared, shares, parts,
-        BH, H, blocks_per_tile * block_size // rows, float(factor), programs, at_once, window or 0, sink_tokens,
-        G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,
-        CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, BS=block_size,
-        SEQUENCES=padded(B), FEWEST=_FEWEST_BLOCKS, HAS_WINDOW=window is not None, num_warps=4,
-    )  # fmt: skip
-    return (*prepared, shares), parts
-
-
-def _attend_sinks(
-    query: Tensor,
-    sinks: tuple[Tensor, Tensor],
-    kv_lengths: Tensor,
-    rope: Rope | None,
-    softmax_scale: float,
-    softcap: float | None,
-    window: int | None,
-    H: int,
-    GP: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The exact first tokens as one more part: best, total [B, H, GP], output [B, H, GP, D]."""
-    B, Hq, D = query.shape
-    keys, values = (x.float().transpose(1, 2) for x in sinks)  # [B, H, S, D]
-    S = keys.shape[2]
-    if rope is not None:
-        half = D // 2
-        cos, sin = rope.offset_cos[:S], rope.offset_sin[:S]
-        first, second = keys[..., :half], keys[..., half:]
-        keys = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    scores = query.view(B, H, Hq // H, D) @ keys.transpose(-1, -2) * softmax_scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    position = torch.arange(S, device=query.device)
-    visible = position < kv_lengths[:, None]
-    if window is not None:
-        visible = visible & (position >= kv_lengths[:, None] - window)
-    scores = scores.masked_fill(~visible[:, None, None], -torch.inf) * decode.LOG2E.value
-    best = scores.amax(-1)
-    weights = torch.exp2(scores - best.masked_fill(best == -torch.inf, 0.0)[..., None])
-    pad = (0, GP - Hq // H)
-    best = torch.nn.functional.pad(best, pad)
-    total = torch.nn.functional.pad(weights.sum(-1), pad)
-    return best, total, torch.nn.functional.pad(weights @ values, (0, 0, *pad))
+        of_sinks = attend_sinks(q.float(), sinks, kv_lengths, rope, softmax_scale, softcap, window, H, GP)
+    return merge_parts(query, (best, total, out), parts, programs, of_sinks)

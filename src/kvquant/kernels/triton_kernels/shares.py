@@ -33,7 +33,8 @@ def store_shares(
     Where lengths are far below those that ``programs`` was chosen for, not all programs get blocks: shares have FEWEST
     at least, unless it takes smaller ones to keep ``at_once`` of them busy.
 
-    ``shares``, int32 [programs, 4]: sequence, first block, block behind the last one of each program, and nothing.
+    ``shares``, int32 [programs, 4]: sequence, first block, block behind the last one of each program, and in the first
+    row 0, from which a kernel may count; nothing in the others.
     ``parts``, int32 [sequences, 2]: first program, number of programs of each sequence.
     """
     i = tl.arange(0, SEQUENCES)
@@ -74,6 +75,7 @@ def store_shares(
         tl.store(at + 1, begin, mask=inside)
         tl.store(at + 2, tl.minimum(begin + own_share, own_end), mask=inside)
     if b == 0:
+        tl.store(shares + 3, 0)
         # Programs that nobody needs have no block.
         for s in range(tl.sum(count, 0), programs, 64):
             at = shares + (s + n) * 4
@@ -139,16 +141,19 @@ def places_of(resident: int, device: torch.device) -> int:
     return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def programs_for(sequences: int, heads: int, columns: int, places: int, fewest_blocks: int) -> int:
+def programs_for(
+    sequences: int, heads: int, columns: int, places: int, fewest_blocks: int, most_rounds: int = _MOST_ROUNDS
+) -> int:
     """Programs for each KV head of a call over ``sequences`` of up to ``columns`` blocks.
 
     A whole number of rounds of ``places`` programs, or just below it: 1.03 rounds take the time of two (measured), so
     that of the first few numbers of rounds the smallest is chosen that sequences of one length nearly fill. Several
     rounds of short programs end more evenly than one of long ones, which outliers make unequal; a program has
-    ``fewest_blocks`` at least, or a start and a part to merge cost more than that gains.
+    ``fewest_blocks`` at least, or a start and a part to merge cost more than that gains. More than ``most_rounds`` are
+    only for batches of more sequences than that serves.
     """
     blocks = sequences * heads * columns / places
-    fewest = max(1, min(_MOST_ROUNDS, int(blocks / fewest_blocks)))
+    fewest = max(1, min(most_rounds, int(blocks / fewest_blocks)))
     # Two for each sequence where they are long, or lengths that differ could not even out.
     each_gets = 2 if columns >= 2 * fewest_blocks else 1
     fewest = max(fewest, -(-each_gets * sequences * heads // places))
