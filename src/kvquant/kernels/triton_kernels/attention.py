@@ -1,5 +1,6 @@
-"""Choose and launch: decode calls read packed codes, prefill dequantizes segments for FlashAttention, and what neither
-can do is dequantized tile by tile in plain PyTorch."""
+"""Choose and launch: decode calls read packed codes, with a CUDA kernel (kvquant.kernels.cuda_decode) where that can run
+and else with Triton's, prefill dequantizes segments for FlashAttention, and what neither can do is dequantized tile by
+tile in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import triton
 from torch import Tensor
 
 from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore, say_once
+from kvquant.kernels.cuda_decode import launch as cuda_decode
 from kvquant.kernels.tiled_attention import attend_tiled
 from kvquant.kernels.triton_kernels import decode, scratch
 from kvquant.kernels.triton_kernels.decode_call import (
@@ -51,14 +53,20 @@ def attend(
 ) -> Tensor:
     """Attention of a call; arguments and result as of :func:`kvquant.kernels.tiled_attention.attend_tiled`.
 
-    A call of one new token per sequence reads packed codes (:func:`attend_decode`) or exact blocks
-    (:func:`attend_exact_decode`) where :func:`decode_refusal` or :func:`exact_refusal` has nothing against it; any
-    other call is :func:`attend_prefill`'s where :func:`prefill_refusal` has not. The rest goes tile by tile, and of
-    prompts that is said.
+    A call of one new token per sequence reads packed codes (:func:`~kvquant.kernels.cuda_decode.launch.attend_cuda_decode`,
+    :func:`attend_decode`) or exact blocks (:func:`attend_exact_decode`), whichever comes first of those whose refusal has
+    nothing against it; any other call is :func:`attend_prefill`'s where :func:`prefill_refusal` has not. The rest goes
+    tile by tile, and of prompts that is said.
     """
     if max(step.lengths) == 1:
-        for refusal, decode_with in ((decode_refusal, attend_decode), (exact_refusal, attend_exact_decode)):
-            if refusal(query, read_tile, rope, block_size) is None:
+        for refusal, decode_with in (
+            (cuda_decode.cuda_decode_refusal, cuda_decode.attend_cuda_decode),
+            (decode_refusal, attend_decode),
+            (exact_refusal, attend_exact_decode),
+        ):
+            if refusal(query, read_tile, rope, block_size) is not None:
+                continue
+            try:
                 return decode_with(
                     query,
                     step.block_table,
@@ -72,6 +80,8 @@ def attend(
                     window=window,
                     softcap=softcap,
                 )
+            except cuda_decode.KernelNotBuilt as error:
+                say_once(f"decoding takes Triton's kernel, the slower one: {error}")
     if query.is_cuda:
         reason = prefill_refusal(query, read_tile, softcap)
         if reason is None:

@@ -1,0 +1,32 @@
+"""The kernel's argument, a struct of pointers and numbers."""
+
+from __future__ import annotations
+
+import ctypes
+
+POINTERS = (
+    # Made before the kernel (kvquant.kernels.triton_kernels.prepare)
+    "q_words", "q_half", "affine", "floor", "unit", "bases", "shares",
+    # Of the call
+    "offset_cos", "offset_sin", "block_table", "kv_lengths",
+    # Keys
+    "key_codes", "key_count", "key_index", "key_value",
+    "spill_head", "spill_next", "spill_index", "spill_value", "key_centroids",
+    # Values
+    "value_codes", "value_zero", "value_scale", "value_index", "value_value", "value_end", "value_centroids",
+    # A number that starts at 0, by which warps take shares, and what they find
+    "taken", "part_best", "part_total", "part_out",
+)  # fmt: skip
+INTEGERS = ("window", "sink_tokens", "table_stride", "H", "VG", "programs")
+STRIDES = ("key_stride", "entry_stride", "value_stride")  # from a block to the next, in elements
+
+
+class Arguments(ctypes.Structure):
+    """``struct Arguments`` of decode.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("softcap", ctypes.c_float),
+        *((name, ctypes.c_int) for name in INTEGERS),
+        *((name, ctypes.c_uint) for name in STRIDES),
+    ]

@@ -1,0 +1,114 @@
+"""What decode.cu is compiled for, and how much shared memory that takes. Plain numbers: neither PyTorch nor a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("decode.cu")
+KERNEL = "decode"
+HEAD_DIM, BLOCK_SIZE = 128, 64
+BITS = (2, 3, 4)
+MOST_GROUPS = 8  # columns of a tensor core's product
+CHAIN = 32  # entries of a chain's first chunk, which are copied with a block's own
+FEWEST_WARPS = 4
+# Registers decide: twelve warps leave a thread 168 of them, sixteen 128, which is enough where no side has 4 bits.
+_MOST_WARPS, _MOST_WARPS_OF_NARROW = 12, 16
+
+# As in decode.cu
+_TABLE_AT, _RESERVED = 1 << 16, 1 << 10  # the look-up tables' address, and what of shared memory is not ours
+_TABLE = 1 << 16
+_ANGLES = BLOCK_SIZE * 64 * 4
+_CHANNELS = 384
+_SCORE_ROW, _OUT_ROW = 72, 145
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One way to compile the kernel.
+
+    Args:
+        key_bits: 2, 3 or 4.
+        value_bits: 2, 3 or 4.
+        groups: query heads per KV head, up to 8.
+        is_bfloat16: whether stored 16-bit numbers are bf16, else fp16.
+        key_base: outliers of keys in a block's own row, even.
+        value_entries: outliers of values per token.
+        has_window: whether a sliding window hides tokens.
+        has_softcap: whether scores are capped.
+        warps: of a program, each with a share of its own.
+    """
+
+    key_bits: int
+    value_bits: int
+    groups: int
+    is_bfloat16: bool
+    key_base: int
+    value_entries: int
+    has_window: bool = False
+    has_softcap: bool = False
+    warps: int = FEWEST_WARPS
+
+    @property
+    def padded_groups(self) -> int:
+        """Query heads that there is room for: a power of two."""
+        return 1 << (self.groups - 1).bit_length()
+
+    @property
+    def key_places(self) -> int:
+        """Outliers of keys of a block that there is room for; three for each lane at least."""
+        return max(96, self.key_base + CHAIN)
+
+    @property
+    def warp_bytes(self) -> int:
+        """Shared memory of a warp alone (W_BYTES)."""
+        GN = self.padded_groups
+        values = BLOCK_SIZE * 16 * self.value_bits
+        bases_and_ranges = 2 * 256
+        entries = 2 * 2 * self.key_places + 2 * 2 * 128
+        scores_and_sums = GN * (_SCORE_ROW + _OUT_ROW) * 4
+        queries = _up(values + bases_and_ranges + entries + scores_and_sums, 16) + 16 * 4 * GN * 4
+        keys = BLOCK_SIZE * 16 * self.key_bits if self.key_bits < 4 else 0
+        return _up(queries + 2 * 256 + keys, 128)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a program."""
+        before = _ANGLES + _CHANNELS
+        if 4 not in (self.key_bits, self.value_bits):
+            return before + self.warps * self.warp_bytes
+        below = (_TABLE_AT - _RESERVED - before) // self.warp_bytes  # warps in front of the tables
+        return _TABLE_AT - _RESERVED + _TABLE + max(0, self.warps - below) * self.warp_bytes
+
+    def with_most_warps(self, shared_bytes: int) -> Configuration | None:
+        """As many warps as a program of ``shared_bytes`` holds; None: fewer than are worth it."""
+        narrow = 4 not in (self.key_bits, self.value_bits)
+        most = _MOST_WARPS_OF_NARROW if narrow else _MOST_WARPS
+        for warps in range(most, FEWEST_WARPS - 1, -1):
+            chosen = dataclasses.replace(self, warps=warps)
+            if chosen.shared_bytes <= shared_bytes:
+                return chosen
+        return None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What the compiler is told."""
+        macros = {
+            "KB": self.key_bits,
+            "VB": self.value_bits,
+            "G": self.groups,
+            "GN": self.padded_groups,
+            "BF16": int(self.is_bfloat16),
+            "WARPS": self.warps,
+            "K_BASE": self.key_base,
+            "K_PLACES": self.key_places,
+            "V_ENTRIES": self.value_entries,
+            "HAS_WINDOW": int(self.has_window),
+            "HAS_SOFTCAP": int(self.has_softcap),
+            "INFINITY": "__int_as_float(0x7f800000)",  # of a header that is not there
+        }
+        return (*(f"-D{name}={value}" for name, value in macros.items()), "-lineinfo")
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

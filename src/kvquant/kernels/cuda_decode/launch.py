@@ -1,0 +1,219 @@
+"""Decode attention over packed codes with the CUDA kernel: what it is for, and how it is called.
+
+A program has a multiprocessor to itself, and each of its warps takes shares of (sequence, KV head) pairs on its own;
+what one program's warps have in common are tables. Triton's kernels make its operands and merge its parts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvquant.kernel_limits import capability_refusal
+from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore, say_once
+from kvquant.kernels.cuda_decode.arguments import Arguments
+from kvquant.kernels.cuda_decode.configuration import (
+    BITS,
+    BLOCK_SIZE,
+    FEWEST_WARPS,
+    HEAD_DIM,
+    KERNEL,
+    MOST_GROUPS,
+    SOURCE,
+    Configuration,
+)
+from kvquant.kernels.cuda_decode.driver import CudaDriverError, launch, load_kernel
+from kvquant.kernels.cuda_decode.nvrtc import NvrtcError, compile_cubin, nvrtc_refusal
+from kvquant.kernels.triton_kernels.decode import LOG2E
+from kvquant.kernels.triton_kernels.decode_call import (
+    attend_sinks,
+    empty_parts,
+    merge_parts,
+    plane_bytes_of,
+    prepare_call,
+)
+from kvquant.kernels.triton_kernels.lookup import INTERPRET
+from kvquant.kernels.triton_kernels.shares import places_of, programs_for
+
+# Warps take further shares on their own as they end, so that one round of them is asked for (shares.py), of three blocks
+# at least, as of Triton's kernel.
+_ROUNDS, _FEWEST_BLOCKS = 1, 3
+
+
+class KernelNotBuilt(RuntimeError):
+    """The kernel cannot be compiled or loaded here."""
+
+
+def cuda_decode_refusal(
+    query: Tensor, layer: Callable[[Tensor], tuple[Tensor, Tensor]], rope: Rope | None, block_size: int
+) -> str | None:
+    """Say why the CUDA decode kernel is not for this layer or device; None: it is. A missing compiler is logged."""
+    D = query.shape[-1]
+    if not (isinstance(layer, StoredLayer) and isinstance(layer.keys, KeyStore)):
+        return "it reads the packed codes of the nuq family"
+    keys, values = layer.keys, layer.values
+    assert isinstance(values, ValueStore)  # both sides of a layer are stored alike
+    if layer.key_bits not in BITS or layer.value_bits not in BITS:
+        return f"it decodes {', '.join(map(str, BITS))} bits, got {layer.key_bits} and {layer.value_bits}"
+    if D != HEAD_DIM:
+        return f"head_dim must be {HEAD_DIM}, got {D}"
+    if block_size != BLOCK_SIZE:
+        return f"cache.block_size must be {BLOCK_SIZE}, got {block_size}"
+    if rope is None or rope.offset_cos.shape[-1] * 2 != D:
+        return "it rotates whole heads"
+    H = keys.codes.shape[1]
+    if query.shape[1] > MOST_GROUPS * H:
+        return f"it serves up to {MOST_GROUPS} query heads per KV head, got {query.shape[1] // H}"
+    if H % values.zero.shape[-1]:
+        return "a value group must hold whole heads"
+    stored = (keys.outlier_value, keys.spill_value, values.outlier_value, values.zero, values.scale)
+    kinds = {x.dtype for x in stored}
+    if len(kinds) > 1 or kinds.isdisjoint((torch.bfloat16, torch.float16)):
+        return f"what is stored beside codes must be bf16 or fp16, got {', '.join(sorted(map(str, kinds)))}"
+    if keys.outlier_index.shape[-1] % 2:
+        return f"it reads outliers of keys in pairs, got {keys.outlier_index.shape[-1]} in a block's own row"
+    if BLOCK_SIZE * values.outlier_index.shape[-1] >= 1 << 15:
+        entries = BLOCK_SIZE * values.outlier_index.shape[-1]
+        return f"it counts outliers of a block's values up to {(1 << 15) - 1}, got {entries}"
+    if not query.is_cuda or INTERPRET:
+        return "it runs on a GPU"
+    reason = _device_refusal(_configuration(query, layer), query.device)
+    if reason is None and (reason := nvrtc_refusal()) is not None:
+        say_once(f"decoding takes Triton's kernel, the slower one: {reason}")
+    return reason
+
+
+def _configuration(
+    query: Tensor, layer: StoredLayer, window: int | None = None, softcap: float | None = None
+) -> Configuration:
+    """What a call needs, with as few warps as there may be."""
+    keys, values = layer.keys, layer.values
+    assert isinstance(keys, KeyStore) and isinstance(values, ValueStore)
+    return Configuration(
+        key_bits=layer.key_bits,
+        value_bits=layer.value_bits,
+        groups=query.shape[1] // keys.codes.shape[1],
+        is_bfloat16=values.zero.dtype == torch.bfloat16,
+        key_base=keys.outlier_index.shape[-1],
+        value_entries=values.outlier_index.shape[-1],
+        has_window=window is not None,
+        has_softcap=softcap is not None,
+    )
+
+
+def _device_refusal(configuration: Configuration, device: torch.device) -> str | None:
+    """Say why a device is too old or too small; None: it is neither."""
+    properties = torch.cuda.get_device_properties(device)
+    reason = capability_refusal((properties.major, properties.minor))
+    if reason is not None:
+        return f"it {reason}"
+    if configuration.with_most_warps(_shared_bytes(properties)) is None:
+        return (
+            f"{FEWEST_WARPS} warps need {configuration.shared_bytes} bytes of shared memory at {configuration.key_bits} "
+            f"and {configuration.value_bits} bits, got a GPU with {_shared_bytes(properties)}"
+        )
+    return None
+
+
+def _shared_bytes(properties: Any) -> int:
+    """Shared memory that a program of a device may ask for."""
+    return properties.shared_memory_per_block_optin
+
+
+@functools.cache
+def _build(configuration: Configuration, device: int) -> int | str:
+    """The kernel, loaded on a device; else why not, so that what fails is tried once."""
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+        source = SOURCE.read_text(encoding="utf-8")
+        cubin = compile_cubin(source, configuration.options, 10 * major + minor)
+        return load_kernel(cubin, KERNEL, configuration.shared_bytes, device)
+    except (NvrtcError, CudaDriverError) as error:
+        return str(error)
+
+
+def attend_cuda_decode(
+    query: Tensor,
+    block_table: Tensor,
+    kv_lengths: Tensor,
+    layer: StoredLayer,
+    rope: Rope | None,
+    sinks: tuple[Tensor, Tensor] | None,
+    *,
+    block_size: int,
+    blocks_per_tile: int,
+    softmax_scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    programs: int | None = None,
+) -> Tensor:
+    """Attention of one new token of each sequence over its packed history; waits for nothing on the device.
+
+    Arguments and result as of :func:`kvquant.kernels.triton_kernels.attention.attend_decode`; ``programs`` are shares
+    of the batch's blocks, a warp's each.
+
+    Raises:
+        KernelNotBuilt: NVRTC or the driver refuses; nothing was launched.
+    """
+    B, _, D = query.shape
+    keys, values, constants = layer.keys, layer.values, layer.constants
+    assert isinstance(keys, KeyStore) and isinstance(values, ValueStore)
+    assert constants is not None and rope is not None
+    device = query.device
+    properties = torch.cuda.get_device_properties(device)
+    configuration = _configuration(query, layer, window, softcap).with_most_warps(_shared_bytes(properties))
+    assert configuration is not None, "see _device_refusal"
+    kernel = _build(configuration, device.index)
+    if isinstance(kernel, str):
+        raise KernelNotBuilt(kernel)
+
+    H, M = keys.codes.shape[1], block_table.shape[1]
+    places = places_of(configuration.warps, device)
+    programs = max(B, programs or programs_for(B, H, M, places, _FEWEST_BLOCKS, _ROUNDS))
+    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    q, rope = query.contiguous(), Rope(*(t.contiguous() for t in rope))
+    factor = softmax_scale if softcap is not None else softmax_scale * LOG2E.value
+    sink_tokens = 0 if sinks is None else sinks[0].shape[1]
+    prepared, parts = prepare_call(
+        q, kv_lengths, constants, rope, M, block_size, blocks_per_tile, factor, H, MOST_GROUPS,
+        plane_bytes_of(D, layer.key_bits), layer.key_bits, layer.value_bits,
+        programs, max(1, places // H), _FEWEST_BLOCKS, window, sink_tokens,
+    )  # fmt: skip
+    q_words, q_half, affine, floor, unit, _, bases, _, _, shares = prepared
+    # The exact first tokens of each sequence are one more part.
+    found = empty_parts(programs + (B if sink_tokens else 0), H, MOST_GROUPS, D, device)
+    best, total, out = found
+    tensors = {
+        "q_words": q_words, "q_half": q_half, "affine": affine, "floor": floor, "unit": unit, "bases": bases,
+        "shares": shares, "offset_cos": rope.offset_cos, "offset_sin": rope.offset_sin,
+        "block_table": table, "kv_lengths": kv_lengths,
+        "key_codes": keys.codes, "key_count": keys.outlier_count,
+        "key_index": keys.outlier_index, "key_value": keys.outlier_value,
+        "spill_head": keys.spill_head, "spill_next": keys.spill_next,
+        "spill_index": keys.spill_index, "spill_value": keys.spill_value, "key_centroids": constants.key_centroids,
+        "value_codes": values.codes, "value_zero": values.zero, "value_scale": values.scale,
+        "value_index": values.outlier_index, "value_value": values.outlier_value, "value_end": values.outlier_end,
+        "value_centroids": constants.value_centroids,
+        "part_best": best, "part_total": total, "part_out": out,
+    }  # fmt: skip
+    arguments = Arguments(
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        taken=shares.data_ptr() + 3 * shares.element_size(),  # the zero of the first row, see shares.py
+        softcap=float(softcap or 1.0), window=window or 0, sink_tokens=sink_tokens, table_stride=table.stride(0),
+        H=H, VG=values.zero.shape[-1], programs=programs,
+        key_stride=keys.codes.stride(0), entry_stride=keys.outlier_index.stride(0), value_stride=values.codes.stride(0),
+    )  # fmt: skip
+    launch(
+        kernel, arguments, grid=min(properties.multi_processor_count, programs * H), threads=32 * configuration.warps,
+        shared_bytes=configuration.shared_bytes, device=device.index,
+    )  # fmt: skip
+    of_sinks = None
+    if sinks is not None and sink_tokens:
+        of_sinks = attend_sinks(
+            q.float(), sinks, kv_lengths, rope, softmax_scale, softcap, window, H, MOST_GROUPS
+        )
+    return merge_parts(query, found, parts, programs, of_sinks)
