@@ -46,7 +46,7 @@ def test_nothing_is_left_behind(rows):
 def test_every_operation_of_a_backend_has_a_case():
     assert {case.operation for case in compile_table.cases()} == {
         "decode", "prefill", "write_keys", "write_values", "write_exact", "close_values", "dequantize",
-        "rotate",
+        "rotate", "cuda_decode",
     }  # fmt: skip
 
 
