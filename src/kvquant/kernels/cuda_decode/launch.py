@@ -7,6 +7,7 @@ what one program's warps have in common are tables. Triton's kernels make its op
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,11 @@ def _shared_bytes(properties: Any) -> int:
     return properties.shared_memory_per_block_optin
 
 
+def _block_size_of(stored: Tensor) -> int:
+    """Elements of a block of [N, ...]; of what has none, 0."""
+    return math.prod(stored.shape[1:])
+
+
 @functools.cache
 def _build(configuration: Configuration, device: int) -> int | str:
     """The kernel, loaded on a device; else why not, so that what fails is tried once."""
@@ -205,7 +211,8 @@ def attend_cuda_decode(
         taken=shares.data_ptr() + 3 * shares.element_size(),  # the zero of the first row, see shares.py
         softcap=float(softcap or 1.0), window=window or 0, sink_tokens=sink_tokens, table_stride=table.stride(0),
         H=H, VG=values.zero.shape[-1], programs=programs,
-        key_stride=keys.codes.stride(0), entry_stride=keys.outlier_index.stride(0), value_stride=values.codes.stride(0),
+        key_stride=_block_size_of(keys.codes), entry_stride=_block_size_of(keys.outlier_index),
+        value_stride=_block_size_of(values.codes),
     )  # fmt: skip
     launch(
         kernel, arguments, grid=min(properties.multi_processor_count, programs * H), threads=32 * configuration.warps,
