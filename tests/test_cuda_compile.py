@@ -22,7 +22,7 @@ from kvquant.bench.machine_code import inspect_cubin
 from kvquant.kernels import Rope
 from kvquant.kernels.cuda_decode import launch, nvrtc
 from kvquant.kernels.cuda_decode.arguments import Arguments
-from kvquant.kernels.cuda_decode.configuration import SOURCE, Configuration
+from kvquant.kernels.cuda_decode.configuration import Configuration, read_source
 from kvquant.kernels.cuda_decode.nvrtc import NvrtcError, compile_cubin, nvrtc_refusal
 from kvquant.kernels.triton_kernels import attention
 from test_triton_decode import Case, decode_call
@@ -51,7 +51,7 @@ def test_the_kernel_compiles_and_keeps_little_in_local_memory(
 ) -> None:
     chosen = configuration.with_most_warps(SHARED_BYTES[architecture])
     assert chosen is not None and chosen.shared_bytes <= SHARED_BYTES[architecture]
-    found = inspect_cubin(compile_cubin(SOURCE.read_text(), chosen.options, architecture))
+    found = inspect_cubin(compile_cubin(read_source(), chosen.options, architecture))
     assert found["stack_bytes"] <= MOST_STACK_BYTES
     assert found["hmma"] > 0 and found["loads_128_bit"] > 0
     assert 32 * chosen.warps * found["registers"] <= 1 << 16
@@ -62,28 +62,27 @@ def test_the_kernel_compiles_and_keeps_little_in_local_memory(
 @pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 def test_shared_memory_is_what_the_source_lays_out(configuration: Configuration, warps: int) -> None:
     chosen = dataclasses.replace(configuration, warps=warps)
-    tables = "TABLE_AT - 1024 + ROWS_OF_TABLE * 256 + (WARPS > BELOW ? WARPS - BELOW : 0) * W_BYTES"
-    program = f"(ROWS_OF_TABLE ? {tables} : ANGLES + PLACES_OF_CHANNELS + WARPS * W_BYTES)"
+    tables = "TABLE_AT - RESERVED + TABLE_BYTES + (WARPS > BEFORE_TABLE ? WARPS - BEFORE_TABLE : 0) * W_BYTES"
+    program = f"(TABLE_BYTES ? {tables} : ANGLES + LISTS + WARPS * W_BYTES)"
     checks = f"""
         static_assert(W_BYTES == {chosen.warp_bytes}, "of a warp");
         static_assert({program} == {chosen.shared_bytes}, "of a program");
         static_assert(W_BYTES % 128 == 0 && K_PLACES >= K_BASE + 32 && G <= GN && GN <= GP, "room");
     """
     # Without the kernel, which is what takes time to compile.
-    declared = re.sub(r'extern "C" __global__.*?^}$', "", SOURCE.read_text(), flags=re.DOTALL | re.MULTILINE)
-    macros = "\n".join(re.findall(r"^#define BELOW .*$", SOURCE.read_text(), re.MULTILINE))
-    compile_cubin(f"{declared}\n{macros}\n{checks}", chosen.options, 80)
+    declared = re.sub(r'extern "C" __global__.*?^}$', "", read_source(), flags=re.DOTALL | re.MULTILINE)
+    compile_cubin(f"{declared}\n{checks}", chosen.options, 80)
 
 
 @needs_nvrtc
 def test_a_wrong_size_is_noticed() -> None:
-    source = SOURCE.read_text() + f'static_assert(W_BYTES == {PLAIN.warp_bytes + 128}, "of a warp");'
+    source = read_source() + f'static_assert(W_BYTES == {PLAIN.warp_bytes + 128}, "of a warp");'
     with pytest.raises(NvrtcError, match="of a warp"):
         compile_cubin(source, PLAIN.options, 80)
 
 
 def test_the_argument_is_the_struct_of_the_source() -> None:
-    (body,) = re.findall(r"^struct Arguments \{(.*?)^\};", SOURCE.read_text(), re.DOTALL | re.MULTILINE)
+    (body,) = re.findall(r"^struct Arguments \{(.*?)^\};", read_source(), re.DOTALL | re.MULTILINE)
     kinds = {"float": ctypes.c_float, "int": ctypes.c_int, "u32": ctypes.c_uint}
     expected = []
     for declaration in re.sub(r"//.*", "", body).split(";")[:-1]:
@@ -211,10 +210,9 @@ def test_a_missing_compiler_is_said_once_and_triton_decodes(stored, on_gpu, monk
 
 
 @needs_nvrtc
-def test_what_does_not_compile_is_tried_and_said_once(stored, on_gpu, monkeypatch, caplog, tmp_path) -> None:
-    broken, tried = tmp_path / "broken.cu", []
-    broken.write_text("not_a_type x;")
-    monkeypatch.setattr(launch, "SOURCE", broken)
+def test_what_does_not_compile_is_tried_and_said_once(stored, on_gpu, monkeypatch, caplog) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(launch, "read_source", lambda: "not_a_type x;")
     monkeypatch.setattr(launch, "compile_cubin", lambda *given: tried.append(given) or compile_cubin(*given))
     assert attended(stored, on_gpu, monkeypatch) == ["triton", "triton"]
     assert caplog.text.count("does not compile for sm_90") == 1 and len(tried) == 1

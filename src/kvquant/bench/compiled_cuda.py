@@ -10,7 +10,7 @@ import torch
 from kvquant.bench.machine_code import inspect_cubin
 from kvquant.bench.shapes import LayerShape
 from kvquant.block_layout import BlockLayout
-from kvquant.kernels.cuda_decode.configuration import BLOCK_SIZE, SOURCE, Configuration
+from kvquant.kernels.cuda_decode.configuration import BLOCK_SIZE, Configuration, read_source
 from kvquant.kernels.cuda_decode.nvrtc import compile_cubin
 from kvquant.spec import QuantSpec
 
@@ -38,7 +38,7 @@ def configuration_of(spec: QuantSpec, shape: LayerShape, architecture: int) -> C
 
 def inspect_cuda_decode(configuration: Configuration, architecture: int) -> dict[str, Any]:
     """Compile the kernel and count what matters in its machine code."""
-    cubin = compile_cubin(SOURCE.read_text(encoding="utf-8"), configuration.options, architecture)
+    cubin = compile_cubin(read_source(), configuration.options, architecture)
     return {
         "kernel": "cuda_decode",
         "warps": configuration.warps,

@@ -6,7 +6,7 @@ import ctypes
 
 POINTERS = (
     # Made before the kernel (kvquant.kernels.triton_kernels.prepare)
-    "q_words", "q_half", "affine", "floor", "unit", "bases", "shares",
+    "q_words", "affine", "unit", "bases", "shares",
     # Of the call
     "offset_cos", "offset_sin", "block_table", "kv_lengths",
     # Keys
@@ -18,7 +18,6 @@ POINTERS = (
     "taken", "part_best", "part_total", "part_out",
 )  # fmt: skip
 INTEGERS = ("window", "sink_tokens", "table_stride", "H", "VG", "programs")
-STRIDES = ("key_stride", "entry_stride", "value_stride")  # from a block to the next, in elements
 
 
 class Arguments(ctypes.Structure):
@@ -28,5 +27,4 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         ("softcap", ctypes.c_float),
         *((name, ctypes.c_int) for name in INTEGERS),
-        *((name, ctypes.c_uint) for name in STRIDES),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("decode.cu")
@@ -15,12 +16,12 @@ FEWEST_WARPS = 4
 # Registers decide: twelve warps leave a thread 168 of them, sixteen 128, which is enough where no side has 4 bits.
 _MOST_WARPS, _MOST_WARPS_OF_NARROW = 12, 16
 
-# As in decode.cu
+# As in layout.cuh
 _TABLE_AT, _RESERVED = 1 << 16, 1 << 10  # the look-up tables' address, and what of shared memory is not ours
 _TABLE = 1 << 16
 _ANGLES = BLOCK_SIZE * 64 * 4
-_CHANNELS = 384
-_SCORE_ROW, _OUT_ROW = 72, 145
+_LISTS = 640
+_SCORE_ROW, _OUT_ROW, _QUERY_ROW = 68, 143, 320
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +68,14 @@ class Configuration:
         bases_and_ranges = 2 * 256
         entries = 2 * 2 * self.key_places + 2 * 2 * 128
         scores_and_sums = GN * (_SCORE_ROW + _OUT_ROW) * 4
-        queries = _up(values + bases_and_ranges + entries + scores_and_sums, 16) + 16 * 4 * GN * 4
+        queries = _up(values + bases_and_ranges + entries + scores_and_sums, 16) + _QUERY_ROW * GN
         keys = BLOCK_SIZE * 16 * self.key_bits if self.key_bits < 4 else 0
-        return _up(queries + 2 * 256 + keys, 128)
+        return _up(queries + 4 * 256 + keys, 128)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a program."""
-        before = _ANGLES + _CHANNELS
+        before = _ANGLES + _LISTS
         if 4 not in (self.key_bits, self.value_bits):
             return before + self.warps * self.warp_bytes
         below = (_TABLE_AT - _RESERVED - before) // self.warp_bytes  # warps in front of the tables
@@ -105,9 +106,22 @@ class Configuration:
             "V_ENTRIES": self.value_entries,
             "HAS_WINDOW": int(self.has_window),
             "HAS_SOFTCAP": int(self.has_softcap),
-            "INFINITY": "__int_as_float(0x7f800000)",  # of a header that is not there
         }
         return (*(f"-D{name}={value}" for name, value in macros.items()), "-lineinfo")
+
+
+def read_source() -> str:
+    """``decode.cu`` with what it includes, each file once, in place: a source that includes nothing."""
+    seen: set[str] = set()
+
+    def read(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = SOURCE.with_name(name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return re.sub(r'^#include "(.+)"\n', lambda found: read(found[1]), text, flags=re.MULTILINE)
+
+    return read(SOURCE.name)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -7,7 +7,6 @@ what one program's warps have in common are tables. Triton's kernels make its op
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +23,8 @@ from kvquant.kernels.cuda_decode.configuration import (
     HEAD_DIM,
     KERNEL,
     MOST_GROUPS,
-    SOURCE,
     Configuration,
+    read_source,
 )
 from kvquant.kernels.cuda_decode.driver import CudaDriverError, launch, load_kernel
 from kvquant.kernels.cuda_decode.nvrtc import NvrtcError, compile_cubin, nvrtc_refusal
@@ -125,18 +124,12 @@ def _shared_bytes(properties: Any) -> int:
     return properties.shared_memory_per_block_optin
 
 
-def _block_size_of(stored: Tensor) -> int:
-    """Elements of a block of [N, ...]; of what has none, 0."""
-    return math.prod(stored.shape[1:])
-
-
 @functools.cache
 def _build(configuration: Configuration, device: int) -> int | str:
     """The kernel, loaded on a device; else why not, so that what fails is tried once."""
     try:
         major, minor = torch.cuda.get_device_capability(device)
-        source = SOURCE.read_text(encoding="utf-8")
-        cubin = compile_cubin(source, configuration.options, 10 * major + minor)
+        cubin = compile_cubin(read_source(), configuration.options, 10 * major + minor)
         return load_kernel(cubin, KERNEL, configuration.shared_bytes, device)
     except (NvrtcError, CudaDriverError) as error:
         return str(error)
@@ -187,15 +180,15 @@ def attend_cuda_decode(
     prepared, parts = prepare_call(
         q, kv_lengths, constants, rope, M, block_size, blocks_per_tile, factor, H, MOST_GROUPS,
         plane_bytes_of(D, layer.key_bits), layer.key_bits, layer.value_bits,
-        programs, max(1, places // H), _FEWEST_BLOCKS, window, sink_tokens,
+        programs, max(1, places // H), _FEWEST_BLOCKS, window, sink_tokens, pairs=True,
     )  # fmt: skip
-    q_words, q_half, affine, floor, unit, _, bases, _, _, shares = prepared
+    q_words, _, affine, _, unit, _, bases, _, _, shares = prepared
     # The exact first tokens of each sequence are one more part.
     found = empty_parts(programs + (B if sink_tokens else 0), H, MOST_GROUPS, D, device)
     best, total, out = found
     tensors = {
-        "q_words": q_words, "q_half": q_half, "affine": affine, "floor": floor, "unit": unit, "bases": bases,
-        "shares": shares, "offset_cos": rope.offset_cos, "offset_sin": rope.offset_sin,
+        "q_words": q_words, "affine": affine, "unit": unit, "bases": bases, "shares": shares,
+        "offset_cos": rope.offset_cos, "offset_sin": rope.offset_sin,
         "block_table": table, "kv_lengths": kv_lengths,
         "key_codes": keys.codes, "key_count": keys.outlier_count,
         "key_index": keys.outlier_index, "key_value": keys.outlier_value,
@@ -211,8 +204,6 @@ def attend_cuda_decode(
         taken=shares.data_ptr() + 3 * shares.element_size(),  # the zero of the first row, see shares.py
         softcap=float(softcap or 1.0), window=window or 0, sink_tokens=sink_tokens, table_stride=table.stride(0),
         H=H, VG=values.zero.shape[-1], programs=programs,
-        key_stride=_block_size_of(keys.codes), entry_stride=_block_size_of(keys.outlier_index),
-        value_stride=_block_size_of(values.codes),
     )  # fmt: skip
     launch(
         kernel, arguments, grid=min(properties.multi_processor_count, programs * H), threads=32 * configuration.warps,

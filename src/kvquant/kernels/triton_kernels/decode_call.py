@@ -36,6 +36,7 @@ def prepare_call(
     fewest_blocks: int,
     window: int | None,
     sink_tokens: int,
+    pairs: bool = False,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """A decode kernel's first ten arguments (see prepare.py), a few KiB per head, half a KiB per block, and parts.
 
@@ -51,6 +52,7 @@ def prepare_call(
         bits, value_bits: of a code.
         programs, at_once, fewest_blocks: how blocks are shared, see shares.py.
         sink_tokens: first tokens that are kept apart.
+        pairs: each base angle's cosine and sine side by side, instead of four cosines and four sines.
     """
     B, Hq, D = query.shape
     BH, wide, half = B * H, torch.float32, torch.float16
@@ -81,7 +83,7 @@ def prepare_call(
         BH, H, blocks_per_tile * block_size // rows, float(factor), programs, at_once, window or 0, sink_tokens,
         G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,
         CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, BS=block_size,
-        SEQUENCES=padded(B), FEWEST=fewest_blocks, HAS_WINDOW=window is not None, num_warps=4,
+        SEQUENCES=padded(B), FEWEST=fewest_blocks, HAS_WINDOW=window is not None, PAIRS=pairs, num_warps=4,
     )  # fmt: skip
     return (*prepared, shares), parts
 

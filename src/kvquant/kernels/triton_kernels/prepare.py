@@ -38,13 +38,13 @@ def _prepare_kernel(
     query, key_zero, key_scale, key_centroids, value_centroids, offset_cos, offset_sin, base_cos, base_sin, kv_lengths,
     # Results, fp16 unless said otherwise: [BH, units, (x, y), GP, 4 r, 4 k], [BH, D, GP],
     # [BH, units, 4 r, (scale x, zero x, scale y, zero y) * 4 k], fp32 [BH, D], fp32 [BH, 2],
-    # [units, ROWS / 16, 64 threads, (cos, sin) * 4 k], [M, units, (cos, sin), 4 r, 4 k], fp32 [M, (cos, sin), D/2],
+    # [units, ROWS / 16, 64 threads, (cos, sin) * 4 k], [M, units, (cos, sin), 4 r, 4 k] (PAIRS: (cos, sin) last), fp32 [M, (cos, sin), D/2],
     # int32 [(keys, values), (low, high bytes), 2 copies, 4], shares and parts (shares.py); M counts ROWS tokens each
     q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up, shares, parts,
     heads, H, bpt, factor, programs, at_once, window, sink_tokens,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
     CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BS: tl.constexpr,
-    SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A program for each sequence, each (sequence, KV head), each of ROWS rows of the table of places, all ROWS tokens.
 
@@ -133,10 +133,10 @@ def _prepare_kernel(
         so = tl.load(offset_sin + offset, mask=inside, other=0.0)
         # The offset table carries the model's attention scaling, the base must not.
         inverse = tl.rsqrt(co * co + so * so)
-        at = bases + (column * UNITS + n) * 32 + r * 4 + k
         cos = (cb * co - sb * so) * inverse
         sin = (sb * co + cb * so) * inverse
+        at = bases + (column * UNITS + n) * 32 + (r * 4 + k) * (2 if PAIRS else 1)
         tl.store(at, cos.to(tl.float16), mask=n < UNITS)
-        tl.store(at + 16, sin.to(tl.float16), mask=n < UNITS)
+        tl.store(at + (1 if PAIRS else 16), sin.to(tl.float16), mask=n < UNITS)
         tl.store(wide_bases + column * D + channel, cos, mask=inside)
         tl.store(wide_bases + column * D + HALF + channel, sin, mask=inside)
