@@ -202,11 +202,19 @@ template <int HALF> INLINE void add_scores(float (*s)[4], const Work& w, const T
   load2(zero, w.s.mine + W_ZERO + at);
 #pragma unroll
   for (int k = 0; k < 2; k++) {
+#if BF16
     const u32 back = half_mul(query[k], low_twice(base[k]));
     const u32 p = half_fma(quarter_turn(query[k]), high_twice(base[k]), back), q = quarter_turn(p);
     cosine[k] = half_mul(p, scale[k]);
     sine[k] = half_mul(q, scale[k]);
     shift[k] = half_fma(q, high_twice(zero[k]), half_mul(p, low_twice(zero[k])));
+#else  // rounded once: what is lost of a query moves the scores of all tokens alike, and fp16 loses no more itself
+    const float x = low_of(query[k]), y = high_of(query[k]), cb = low_of(base[k]), sb = high_of(base[k]);
+    const float p = x * cb + y * sb, q = y * cb - x * sb;
+    cosine[k] = half_pair(p * low_of(scale[k]), q * high_of(scale[k]));
+    sine[k] = half_pair(q * low_of(scale[k]), -p * high_of(scale[k]));
+    shift[k] = half_pair(low_of(zero[k]) * p + high_of(zero[k]) * q, low_of(zero[k]) * q - high_of(zero[k]) * p);
+#endif
   }
 #pragma unroll
   for (int m = 0; m < 4; m++) {

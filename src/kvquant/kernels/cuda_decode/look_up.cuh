@@ -2,10 +2,6 @@
 #pragma once
 #include "layout.cuh"
 
-INLINE u32 permuted(u32 a, u32 b, u32 selector) {
-  u32 r; asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector)); return r;
-}
-
 // Two centroids for each byte of a selector, whose nibbles are codes. All 256 pairs of sixteen centroids are a table in
 // shared memory: rows 256 bytes apart, 32 columns for keys and 32 for values, so that no two lanes meet in a bank, and
 // an address takes one instruction. Up to eight centroids fit four registers, their low bytes and their high bytes.
@@ -23,11 +19,8 @@ template <> struct Table<2> : Bytes { using Bytes::Bytes; };
 
 // The pairs of the lower (HALF 0) or the upper two bytes.
 template <int HALF> INLINE void pairs_of(const Table<4>& table, u32 selector, u32& a, u32& b) {
-  u32 first, second;
-  asm("prmt.b32 %0,%1,%2,%3;" : "=r"(first) : "r"(table.column), "r"(selector), "n"(0x3240 + HALF * 0x20));
-  asm("prmt.b32 %0,%1,%2,%3;" : "=r"(second) : "r"(table.column), "r"(selector), "n"(0x3250 + HALF * 0x20));
-  a = look(first);
-  b = look(second);
+  a = look(__byte_perm(table.column, selector, 0x3240 + HALF * 0x20));
+  b = look(__byte_perm(table.column, selector, 0x3250 + HALF * 0x20));
 }
 template <int HALF> INLINE void pairs_of(const Bytes& table, u32 selector, u32& a, u32& b) {
   if (HALF) selector >>= 16;

@@ -9,6 +9,10 @@ typedef unsigned short u16;
 #define ALL_LANES 0xffffffffu
 #define INFINITE __int_as_float(0x7f800000)
 
+// Four bytes of eight, as the nibbles of ``selector`` say, which are below 8.
+INLINE u32 permuted(u32 a, u32 b, u32 selector) {
+  u32 r; asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector)); return r;
+}
 INLINE float as_float(u32 x) { return __uint_as_float(x); }
 INLINE u32 as_word(float x) { return __float_as_uint(x); }
 

@@ -1,0 +1,143 @@
+"""The CUDA decode kernel on a CPU, against fp64 over the same blocks, dequantized: as good as the input's dtype is.
+
+g++ compiles the kernel with lanes as fibers (``cuda_on_cpu.h``). Whatever the order in which lanes run, and whether
+asynchronous copies come at once or as late as they may, the same bits must come out. What is made before the kernel and
+becomes of its parts runs in Triton's interpreter, so that the cases have a process of their own (this file as a script).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from test_triton_decode import Case, decode_call
+
+SRC = Path(__file__).resolve().parent.parent / "src"
+CASES = {
+    "4 bits, ragged": Case((1, 70, 130), bits=4, head_dim=128, groups=4, dtype=torch.float16),
+    "3 bits, one query head": Case((63, 64, 65), bits=3, head_dim=128),
+    "2 bits, chains": Case((130,), bits=2, head_dim=128, groups=8, fraction=0.05, spilled=True),
+    "keys and values apart": Case((65,), bits=4, value_bits=2, head_dim=128, heads=1, groups=7),
+    "wide values": Case((65,), bits=3, value_bits=4, head_dim=128, heads=1, groups=8),
+    "sinks": Case((2, 65), bits=3, head_dim=128, groups=5, sinks=3),
+    "window and cap": Case((200, 9), bits=4, head_dim=128, heads=1, groups=8, window=50, softcap=5.0),
+    "value groups": Case((100,), bits=4, head_dim=128, groups=4, value_groups=2),
+    "no outliers": Case((100,), bits=4, head_dim=128, groups=8, fraction=0.0),
+    "scaled rotation": Case((100,), bits=3, head_dim=128, groups=4, scaling=1.3),
+    # A warp's share is all of it: more blocks than are described at once, and scores that grow far.
+    "one program": Case((1100,), bits=2, head_dim=128, heads=1, groups=8),
+    "one program, wide scores": Case((700,), bits=4, head_dim=128, heads=1, groups=8),
+}
+# Lanes forwards and copies at once; backwards and late; from changing ones on, and late.
+SCHEDULES = ((0, False), (1, True), (7, True))
+# What must be noticed, by an error or by a result that depends on the schedule.
+MUTATIONS = {
+    "keys are not waited for": ("        wait_for_older_copies();  // of keys\n", ""),
+    "values are not waited for": ("        wait_for_older_copies();  // of values\n", ""),
+    "blocks are read before they are described": (
+        "    __syncwarp();\n  }\n  INLINE Block block_of",
+        "  }\n  INLINE Block block_of",
+    ),
+    "a score's outliers are lost": (
+        "s[2 * half + (i >> 1)][2 * (i & 1) + x] += (float)(int)word[i] * back",
+        "",
+    ),
+    "sums are not scaled anew": ("        sums[i][x] *= fade * keep;\n", ""),
+}
+
+
+def attend(call: Any, order: int, late: bool, source: str | None = None) -> torch.Tensor:
+    """The kernel's output."""
+    import cuda_on_cpu
+    from kvquant.kernels.cuda_decode import launch
+
+    chosen: list[Any] = []
+
+    def build(configuration: Any, device: Any) -> int:
+        chosen.append(configuration)
+        return 0
+
+    def run(kernel: int, arguments: Any, *, grid: int, **_: Any) -> None:
+        cuda_on_cpu.run(chosen[-1], arguments, grid=grid, order=order, late=late, source=source)
+
+    # Two multiprocessors of an H200.
+    device = SimpleNamespace(multi_processor_count=2, shared_memory_per_block_optin=227 << 10)
+    torch.cuda.get_device_properties = lambda _: device  # type: ignore[assignment, return-value]
+    launch._build, launch.launch = build, run  # type: ignore[assignment]
+    step = call.step
+    arguments = (call.query, step.block_table, step.kv_lengths_tensor, call.layer, call.rope, call.sinks)
+    return launch.attend_cuda_decode(*arguments, programs=call.programs, **call.settings)
+
+
+def call_of(name: str) -> Any:
+    """The call of a case."""
+    call = decode_call(CASES[name], "cpu")
+    call.programs = 1 if name.startswith("one program") else None
+    if name.endswith("wide scores"):
+        call.query.mul_(8)
+    return call
+
+
+def error_of(call: Any, ours: torch.Tensor) -> float:
+    """The relative RMS error of an output, in units of that of the same computation in the input's dtype."""
+    truth, in_dtype = call.dense(torch.float64).double(), call.dense(call.query.dtype).double()
+    return float((ours.double() - truth).norm() / (in_dtype - truth).norm())
+
+
+def in_its_own_process(*arguments: str) -> None:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(SRC),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+pytest.importorskip("triton", reason="Triton's interpreter makes the kernel's operands")
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_decode_is_as_good_as_the_dtype_whatever_the_order_of_lanes(part: int) -> None:
+    in_its_own_process(*list(CASES)[part::2])
+
+
+def test_what_is_wrong_in_the_kernel_is_noticed() -> None:
+    in_its_own_process("--mutations")
+
+
+def check(name: str) -> None:
+    call = call_of(name)
+    first, *others = (attend(call, *schedule) for schedule in SCHEDULES)
+    error = error_of(call, first)
+    print(name, error)
+    assert error <= 2, name
+    assert all(torch.equal(first, other) for other in others), f"{name}: depends on the order of lanes"
+
+
+def check_mutations() -> None:
+    import cuda_on_cpu
+
+    call = call_of("one program, wide scores")
+    for what, (old, new) in MUTATIONS.items():
+        source = cuda_on_cpu.mutated(old, new)
+        first, *others = (attend(call, *schedule, source=source) for schedule in SCHEDULES)
+        assert not error_of(call, first) <= 2 or not all(torch.equal(first, other) for other in others), what
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--mutations"]:
+        check_mutations()
+    else:
+        for chosen_name in sys.argv[1:]:
+            check(chosen_name)
