@@ -175,10 +175,13 @@ def test_what_the_kernel_is_not_for_is_said(stored: Any) -> None:
 @pytest.mark.parametrize(
     ("bits", "device", "reason"),
     [
-        (4, device_of((7, 5), 64), "it must run on compute capability 8.0 or later, got 7.5"),
-        (4, device_of((8, 6), 99), r"4 warps need \d+ bytes of shared memory at 4 and 4 bits, got .* 101376"),
-        (2, device_of((8, 9), 99), None),
-        (4, device_of((8, 0), 163), None),
+        (4, device_of((8, 0), 163), "it is for compute capability 9.0 and later, got 8.0"),
+        (
+            4,
+            device_of((12, 0), 99),
+            r"4 warps need \d+ bytes of shared memory at 4 and 4 bits, got .* 101376",
+        ),
+        (2, device_of((12, 0), 99), None),
         (4, device_of((9, 0), 227), None),
     ],
 )
@@ -193,6 +196,7 @@ def test_small_and_old_devices_are_refused(
 
 def attended(call: Any, query: Any, monkeypatch: pytest.MonkeyPatch, times: int = 2) -> list[Any]:
     """What ``attend`` gives when Triton's kernel says that it was called."""
+    monkeypatch.setattr(attention, "CUDA_DECODES", True)
     monkeypatch.setattr(attention, "attend_decode", lambda *_, **__: "triton")
     settings = call.settings
     return [

@@ -148,5 +148,6 @@ def test_attend_takes_this_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         launch, "attend_cuda_decode", lambda *given, **named: taken.append(1) or attend(*given, **named)
     )
+    monkeypatch.setattr(attention, "CUDA_DECODES", True)
     found = attention.attend(call.query, call.step, call.layer, call.rope, None, call.sinks, **call.settings)
     assert taken == [1] and torch.equal(found, ours(call))

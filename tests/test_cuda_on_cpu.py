@@ -7,19 +7,16 @@ becomes of its parts runs in Triton's interpreter, so that the cases have a proc
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from interpreter import interpret
 from test_triton_decode import Case, decode_call
 
-SRC = Path(__file__).resolve().parent.parent / "src"
 CASES = {
     "4 bits, ragged": Case((1, 70, 130), bits=4, head_dim=128, groups=4, dtype=torch.float16),
     "3 bits, one query head": Case((63, 64, 65), bits=3, head_dim=128),
@@ -91,29 +88,16 @@ def error_of(call: Any, ours: torch.Tensor) -> float:
     return float((ours.double() - truth).norm() / (in_dtype - truth).norm())
 
 
-def in_its_own_process(*arguments: str) -> None:
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(SRC),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 pytest.importorskip("triton", reason="Triton's interpreter makes the kernel's operands")
 
 
 @pytest.mark.parametrize("part", [0, 1])
 def test_decode_is_as_good_as_the_dtype_whatever_the_order_of_lanes(part: int) -> None:
-    in_its_own_process(*list(CASES)[part::2])
+    interpret(__file__, *list(CASES)[part::2])
 
 
 def test_what_is_wrong_in_the_kernel_is_noticed() -> None:
-    in_its_own_process("--mutations")
+    interpret(__file__, "--mutations")
 
 
 def check(name: str) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from kvquant.batched_quant import BatchedKVQuantizer
-from kvquant.bench.compiled_cuda import MOST_STACK_BYTES, configuration_of, inspect_cuda_decode
+from kvquant.bench.compiled_cuda import MOST_STACK_BYTES, SHARED_BYTES, configuration_of, inspect_cuda_decode
 from kvquant.bench.machine_code import inspect_cubin
 from kvquant.bench.shapes import SHAPES, LayerShape
 from kvquant.bench.stored import rope_tables
@@ -254,6 +254,8 @@ def compile_case(case: Case, architecture: int) -> list[Row]:
     """Compile everything that a case launches; one row a kernel."""
     named = {"operation": case.operation, "case": case.label, "sm": architecture}
     if case.operation == "cuda_decode":
+        if architecture not in SHARED_BYTES:
+            return []
         spec = QuantSpec(case.bits, outlier_fraction=case.fraction)
         configuration = configuration_of(spec, SHAPES[case.shape], architecture)
         return [{**named, **inspect_cuda_decode(configuration, architecture)}]

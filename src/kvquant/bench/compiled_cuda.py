@@ -14,8 +14,8 @@ from kvquant.kernels.cuda_decode.configuration import BLOCK_SIZE, Configuration,
 from kvquant.kernels.cuda_decode.nvrtc import compile_cubin
 from kvquant.spec import QuantSpec
 
-# Shared memory that a program may ask for, by compute capability times ten: A100; H100 and H200.
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
+# Shared memory that a program may ask for, by compute capability times ten: H100 and H200.
+SHARED_BYTES = {90: 227 << 10}
 # Of a thread, with NVRTC 12.8: at most 144 where sixteen warps share the registers.
 MOST_STACK_BYTES = 160
 

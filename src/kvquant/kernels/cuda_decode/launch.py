@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant.kernel_limits import capability_refusal
 from kvquant.kernels import KeyStore, Rope, StoredLayer, ValueStore, say_once
 from kvquant.kernels.cuda_decode.arguments import Arguments
 from kvquant.kernels.cuda_decode.configuration import (
@@ -42,6 +41,7 @@ from kvquant.kernels.triton_kernels.shares import places_of, programs_for
 # Warps take further shares on their own as they end, so that one round of them is asked for (shares.py), of three blocks
 # at least, as of Triton's kernel.
 _ROUNDS, _FEWEST_BLOCKS = 1, 3
+OLDEST = (9, 0)  # on an A100 it compiles, and was not run
 
 
 class KernelNotBuilt(RuntimeError):
@@ -108,9 +108,8 @@ def _configuration(
 def _device_refusal(configuration: Configuration, device: torch.device) -> str | None:
     """Say why a device is too old or too small; None: it is neither."""
     properties = torch.cuda.get_device_properties(device)
-    reason = capability_refusal((properties.major, properties.minor))
-    if reason is not None:
-        return f"it {reason}"
+    if (properties.major, properties.minor) < OLDEST:
+        return f"it is for compute capability {OLDEST[0]}.{OLDEST[1]} and later, got {properties.major}.{properties.minor}"
     if configuration.with_most_warps(_shared_bytes(properties)) is None:
         return (
             f"{FEWEST_WARPS} warps need {configuration.shared_bytes} bytes of shared memory at {configuration.key_bits} "
