@@ -1,6 +1,6 @@
 // Decode attention straight from packed blocks for Hopper: one query per sequence, its blocks shared among warps.
 //
-// The sums of triton_kernels/decode.py, laid out for what bounds them there, instructions (see the numbers in launch.py).
+// The sums of triton_kernels/decode.py, laid out for what bounds them there, instructions (numbers: triton_kernels/attention.py).
 // A warp takes a run of blocks (shares.py) of one (sequence, KV head) by itself: nothing waits for another warp, and what
 // is done once per block is done by one warp. All warps of a multiprocessor share tables, so that a look-up of two
 // sixteen-valued codes takes two instructions (look_up.cuh).
