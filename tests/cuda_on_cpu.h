@@ -169,7 +169,6 @@ INLINE u32 look(u32 at) { return load(at); }
 INLINE void look4(u32* x, u32 at) { load4(x, at); }
 INLINE void store(u32 at, u32 x) { host::at<u32>(at) = x; }
 INLINE void store_half(u32 at, u16 x) { host::at<u16>(at) = x; }
-INLINE void store2(u32 at, u32 x, u32 y) { if (at % 8) host::fail("store2"); store(at, x); store(at + 4, y); }
 INLINE void store4(u32 at, u32 a, u32 b, u32 c, u32 d) {
   if (at % 16) host::fail("store4");
   store(at, a); store(at + 4, b); store(at + 8, c); store(at + 12, d);

@@ -103,10 +103,8 @@ def _entries_below(index: Tensor, count: Tensor, limit: int) -> Tensor:
 
 def copy(tensors: dict[str, Tensor], spill_top: Tensor, source: int, target: int) -> bool:
     """Give a copied block chains of its own; returns False, with nothing taken, when chunks run out in any layer."""
-    lengths, old = (
-        _lengths_of(tensors, slice(source, source + 1)),
-        _heads_of(tensors, slice(source, source + 1)),
-    )
+    block = slice(source, source + 1)
+    lengths, old = _lengths_of(tensors, block), _heads_of(tensors, block)
     if bool((lengths.sum(1, keepdim=True) > spill_top).any()):
         return False
     previous = old

@@ -13,8 +13,10 @@ BITS = (2, 3, 4)
 MOST_GROUPS = 8  # columns of a tensor core's product
 CHAIN = 32  # entries of a chain's first chunk, which are copied with a block's own
 FEWEST_WARPS = 4
-# Registers decide: twelve warps leave a thread 168 of them, sixteen 128, which is enough where no side has 4 bits.
-_MOST_WARPS, _MOST_WARPS_OF_NARROW = 12, 16
+# Twelve warps leave a thread 168 registers, sixteen 128. H200, 8 sequences of 32K tokens, us in the forms that were tried
+# with both: 2 bits 193 to 198 with sixteen and 202 to 210 with twelve; 3 bits 234 and 234, 235 and 236; at 4 bits the
+# table of pairs leaves no room for sixteen.
+_MOST_WARPS, _MOST_WARPS_OF_TWO_BITS = 12, 16
 
 # As in layout.cuh
 _TABLE_AT, _RESERVED = 1 << 16, 1 << 10  # the look-up tables' address, and what of shared memory is not ours
@@ -83,8 +85,7 @@ class Configuration:
 
     def with_most_warps(self, shared_bytes: int) -> Configuration | None:
         """As many warps as a program of ``shared_bytes`` holds; None: fewer than are worth it."""
-        narrow = 4 not in (self.key_bits, self.value_bits)
-        most = _MOST_WARPS_OF_NARROW if narrow else _MOST_WARPS
+        most = _MOST_WARPS_OF_TWO_BITS if self.key_bits == self.value_bits == 2 else _MOST_WARPS
         for warps in range(most, FEWEST_WARPS - 1, -1):
             chosen = dataclasses.replace(self, warps=warps)
             if chosen.shared_bytes <= shared_bytes:

@@ -69,9 +69,6 @@ INLINE void look4(u32* x, u32 at) {
 }
 INLINE void store(u32 at, u32 x) { asm volatile("st.shared.b32 [%0],%1;" ::"r"(at), "r"(x) : "memory"); }
 INLINE void store_half(u32 at, u16 x) { asm volatile("st.shared.b16 [%0],%1;" ::"r"(at), "h"(x) : "memory"); }
-INLINE void store2(u32 at, u32 x, u32 y) {
-  asm volatile("st.shared.v2.b32 [%0],{%1,%2};" ::"r"(at), "r"(x), "r"(y) : "memory");
-}
 INLINE void store4(u32 at, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("st.shared.v4.b32 [%0],{%1,%2,%3,%4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
