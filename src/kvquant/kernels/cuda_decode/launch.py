@@ -83,7 +83,7 @@ def cuda_decode_refusal(
         return "it runs on a GPU"
     reason = _device_refusal(_configuration(query, layer), query.device)
     if reason is None and (reason := nvrtc_refusal()) is not None:
-        say_once(f"decoding takes Triton's kernel, the slower one: {reason}")
+        say_once(f"decoding takes Triton's kernel: {reason}")
     return reason
 
 

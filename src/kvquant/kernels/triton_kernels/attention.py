@@ -82,7 +82,7 @@ def attend(
                     softcap=softcap,
                 )
             except cuda_decode.KernelNotBuilt as error:
-                say_once(f"decoding takes Triton's kernel, the slower one: {error}")
+                say_once(f"decoding takes Triton's kernel: {error}")
     if query.is_cuda:
         reason = prefill_refusal(query, read_tile, softcap)
         if reason is None:
