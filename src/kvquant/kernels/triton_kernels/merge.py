@@ -38,21 +38,24 @@ def _merge_kernel(
     count = tl.load(parts + b * 2 + 1)
     every = count + SINKS
     d = tl.arange(0, DP)
-    part = tl.arange(0, 16)
-    highest = tl.full((16,), -float("inf"), tl.float32)
-    for s in range(0, every, 16):
-        place = tl.where(s + part < count, first + s + part, programs + b)
-        row = (place * H + h) * GP + g
-        highest = tl.maximum(highest, tl.load(part_best + row, mask=s + part < every, other=-float("inf")))
-    best = tl.max(highest, 0)
-    total = tl.zeros((16,), tl.float32)
-    acc = tl.zeros((16, DP), tl.float32)
-    for s in range(0, every, 16):
+    part = tl.arange(0, 32)
+    highest = -float("inf")
+    total = 0.0
+    acc = tl.zeros((DP,), tl.float32)
+    for s in range(0, every, 32):
         inside = s + part < every
         place = tl.where(s + part < count, first + s + part, programs + b)
         row = (place * H + h) * GP + g
-        weight = tl.exp2(tl.load(part_best + row, mask=inside, other=-float("inf")) - best)
-        total += tl.load(part_total + row, mask=inside, other=0.0) * weight
+        # None of the three waits for another.
+        best = tl.load(part_best + row, mask=inside, other=-float("inf"))
+        part_totals = tl.load(part_total + row, mask=inside, other=0.0)
         out_mask = inside[:, None] & (d < D)[None, :]
-        acc += tl.load(part_out + row[:, None] * D + d[None, :], mask=out_mask, other=0.0) * weight[:, None]
-    tl.store(out + head * D + d, (tl.sum(acc, 0) / tl.sum(total, 0)).to(out.dtype.element_ty), mask=d < D)
+        outs = tl.load(part_out + row[:, None] * D + d[None, :], mask=out_mask, other=0.0)
+        higher = tl.maximum(highest, tl.max(best, 0))
+        around = tl.where(higher == -float("inf"), 0.0, higher)
+        fade = tl.exp2(highest - around)
+        weight = tl.exp2(best - around)
+        total = total * fade + tl.sum(part_totals * weight, 0)
+        acc = acc * fade + tl.sum(outs * weight[:, None], 0)
+        highest = higher
+    tl.store(out + head * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)
