@@ -120,6 +120,7 @@ extern unsigned char memory[];
 using std::fabs;
 INLINE int min(int a, int b) { return a < b ? a : b; }
 INLINE int max(int a, int b) { return a > b ? a : b; }
+
 INLINE float as_float(u32 x) { float r; std::memcpy(&r, &x, 4); return r; }
 INLINE u32 as_word(float x) { u32 r; std::memcpy(&r, &x, 4); return r; }
 INLINE u32 __byte_perm(u32 a, u32 b, u32 selector) {
@@ -139,6 +140,9 @@ INLINE float high_of(u32 a) { return half_float((u16)(a >> 16)); }
 INLINE u32 half_pair(float low, float high) { return half_bits(low) | (u32)half_bits(high) << 16; }
 INLINE u32 half_mul(u32 a, u32 b) {
   return half_bits((double)low_of(a) * low_of(b)) | (u32)half_bits((double)high_of(a) * high_of(b)) << 16;
+}
+INLINE u32 half_add(u32 a, u32 b) {
+  return half_bits((double)low_of(a) + low_of(b)) | (u32)half_bits((double)high_of(a) + high_of(b)) << 16;
 }
 INLINE u32 half_fma(u32 a, u32 b, u32 c) {
   return half_bits((double)low_of(a) * low_of(b) + low_of(c)) |
@@ -166,6 +170,7 @@ INLINE void load4(u32* x, u32 at) {
   for (int i = 0; i < 4; i++) x[i] = load(at + 4 * i);
 }
 INLINE u32 look(u32 at) { return load(at); }
+INLINE void look2(u32* x, u32 at) { load2(x, at); }
 INLINE void look4(u32* x, u32 at) { load4(x, at); }
 INLINE void store(u32 at, u32 x) { host::at<u32>(at) = x; }
 INLINE void store_half(u32 at, u16 x) { host::at<u16>(at) = x; }
@@ -266,7 +271,6 @@ INLINE u32 transposed(u32 x) {
   });
   return got;
 }
-INLINE u32 permuted(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
 // Runs ``kernel`` of an argument for every block of a grid, one after the other.
 template <class Argument>

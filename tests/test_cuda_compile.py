@@ -62,12 +62,13 @@ def test_the_kernel_compiles_and_keeps_little_in_local_memory(
 @pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 def test_shared_memory_is_what_the_source_lays_out(configuration: Configuration, warps: int) -> None:
     chosen = dataclasses.replace(configuration, warps=warps)
-    tables = "TABLE_AT - RESERVED + TABLE_BYTES + (WARPS > BEFORE_TABLE ? WARPS - BEFORE_TABLE : 0) * W_BYTES"
-    program = f"(TABLE_BYTES ? {tables} : ANGLES + LISTS + WARPS * W_BYTES)"
+    program = (
+        "TABLE_AT - RESERVED + TABLE_BYTES + (WARPS > BEFORE_TABLE ? WARPS - BEFORE_TABLE : 0) * W_BYTES"
+    )
     checks = f"""
         static_assert(W_BYTES == {chosen.warp_bytes}, "of a warp");
         static_assert({program} == {chosen.shared_bytes}, "of a program");
-        static_assert(W_BYTES % 128 == 0 && K_PLACES >= K_BASE + 32 && G <= GN && GN <= GP, "room");
+        static_assert(W_BYTES % 32 == 0 && K_PLACES >= K_BASE + 32 && G <= GN && GN <= GP, "room");
     """
     # Without the kernel, which is what takes time to compile.
     declared = re.sub(r'extern "C" __global__.*?^}$', "", read_source(), flags=re.DOTALL | re.MULTILINE)
@@ -181,7 +182,7 @@ def test_what_the_kernel_is_not_for_is_said(stored: Any) -> None:
             device_of((12, 0), 99),
             r"4 warps need \d+ bytes of shared memory at 4 and 4 bits, got .* 101376",
         ),
-        (2, device_of((12, 0), 99), None),
+        (2, device_of((9, 0), 227), None),
         (4, device_of((9, 0), 227), None),
     ],
 )
@@ -195,8 +196,8 @@ def test_small_and_old_devices_are_refused(
 
 
 def attended(call: Any, query: Any, monkeypatch: pytest.MonkeyPatch, times: int = 2) -> list[Any]:
-    """What ``attend`` gives when Triton's kernel says that it was called."""
-    monkeypatch.setattr(attention, "CUDA_DECODES", True)
+    """What ``attend`` gives when Triton's kernel says that it was called, and few blocks are enough for CUDA's."""
+    monkeypatch.setattr(launch, "_FEWEST_FOR_A_WARP", 0)
     monkeypatch.setattr(attention, "attend_decode", lambda *_, **__: "triton")
     settings = call.settings
     return [
@@ -211,6 +212,17 @@ def test_a_missing_compiler_is_said_once_and_triton_decodes(stored, on_gpu, monk
     assert caplog.text.count("NVRTC was not found") == 1 and "Triton's kernel" in caplog.text
     with pytest.raises(NvrtcError, match="pip install nvidia-cuda-nvrtc"):
         compile_cubin("int nothing;", (), 80)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("sequences", "columns", "chosen"), [(1, 16, False), (4, 250, False), (8, 250, True)]
+)
+def test_it_is_chosen_where_warps_have_blocks(sequences, columns, chosen, stored, on_gpu) -> None:
+    table = torch.empty(sequences, columns, dtype=torch.int32)
+    # Twelve warps on each of 132 multiprocessors, two KV heads.
+    assert launch.is_chosen(on_gpu, table, stored.layer, stored.rope, 64) is chosen
+    assert not launch.is_chosen(on_gpu, table, stored.layer, stored.rope, 32)
 
 
 @needs_nvrtc

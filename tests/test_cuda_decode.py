@@ -45,6 +45,12 @@ ON_GPU = {
     "many outliers, 3 bits": Case((100, 300), heads=2, groups=4, fraction=0.05, spilled=True, **BF16),
     "many outliers, 4 bits": Case((100, 300), bits=4, heads=2, groups=4, fraction=0.05, spilled=True, **BF16),
     "scaled rotation": Case((100, 300), bits=4, heads=2, groups=4, scaling=1.3, **BF16),
+    **{
+        f"slow pairs, {bits} bits": Case(
+            (70, 900, 300), bits=bits, heads=8, groups=4, theta=500_000.0, scaling=1.3, **BF16
+        )
+        for bits in (4, 3, 2)
+    },
 }
 
 
@@ -148,6 +154,6 @@ def test_attend_takes_this_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         launch, "attend_cuda_decode", lambda *given, **named: taken.append(1) or attend(*given, **named)
     )
-    monkeypatch.setattr(attention, "CUDA_DECODES", True)
+    monkeypatch.setattr(launch, "_FEWEST_FOR_A_WARP", 0)
     found = attention.attend(call.query, call.step, call.layer, call.rope, None, call.sinks, **call.settings)
     assert taken == [1] and torch.equal(found, ours(call))

@@ -31,22 +31,26 @@ CASES = {
     "value groups": Case((100,), bits=4, head_dim=128, groups=4, value_groups=2),
     "no outliers": Case((100,), bits=4, head_dim=128, groups=8, fraction=0.0),
     "scaled rotation": Case((100,), bits=3, head_dim=128, groups=4, scaling=1.3),
+    "slow pairs, 3 bits": Case(
+        (70, 130), head_dim=128, groups=4, theta=500_000.0, scaling=1.3, dtype=torch.bfloat16
+    ),
+    "slow pairs, 2 bits": Case((1, 130), bits=2, head_dim=128, groups=8, theta=1e6, dtype=torch.bfloat16),
     # A warp's share is all of it: more blocks than are described at once, and scores that grow far.
     "one program": Case((1100,), bits=2, head_dim=128, heads=1, groups=8),
-    "one program, wide scores": Case((700,), bits=4, head_dim=128, heads=1, groups=8),
+    "one program, wide scores": Case((600,), bits=4, head_dim=128, heads=1, groups=8),
 }
 # Lanes forwards and copies at once; backwards and late; from changing ones on, and late.
 SCHEDULES = ((0, False), (1, True), (7, True))
 # What must be noticed, by an error or by a result that depends on the schedule.
 MUTATIONS = {
-    "keys are not waited for": ("        wait_for_older_copies();  // of keys\n", ""),
-    "values are not waited for": ("        wait_for_older_copies();  // of values\n", ""),
+    "keys are not waited for": ("      wait_for_older_copies();  // of keys\n", ""),
+    "values are not waited for": ("      wait_for_older_copies();  // of values\n", ""),
     "blocks are read before they are described": (
         "    __syncwarp();\n  }\n  INLINE Block block_of",
         "  }\n  INLINE Block block_of",
     ),
     "a score's outliers are lost": (
-        "s[2 * half + (i >> 1)][2 * (i & 1) + x] += (float)(int)word[i] * back",
+        "s[2 * j + (i >> 1)][2 * (i & 1) + x] += (float)(int)word[i] * back",
         "",
     ),
     "sums are not scaled anew": ("        sums[i][x] *= fade * keep;\n", ""),
@@ -105,6 +109,10 @@ def test_what_is_wrong_in_the_kernel_is_noticed() -> None:
     interpret(__file__, "--mutations")
 
 
+def test_slow_pairs_are_as_good_as_exact_ones() -> None:
+    interpret(__file__, "--slow")
+
+
 def check(name: str) -> None:
     call = call_of(name)
     first, *others = (attend(call, *schedule) for schedule in SCHEDULES)
@@ -112,6 +120,19 @@ def check(name: str) -> None:
     print(name, error)
     assert error <= 2, name
     assert all(torch.equal(first, other) for other in others), f"{name}: depends on the order of lanes"
+
+
+def check_slow_pairs() -> None:
+    """A sine that is a line and a cosine that is 1 change little, and less than that they change: they are used."""
+    import cuda_on_cpu
+
+    exact = cuda_on_cpu.mutated(
+        "const bool slow = BF16 && KB < 4 && a.slow[32] != 0;", "const bool slow = false;"
+    )
+    for name in ("slow pairs, 3 bits", "slow pairs, 2 bits"):
+        call = call_of(name)
+        one, other = (attend(call, 0, False, source).double() for source in (None, exact))
+        assert 0 < float((one - other).norm() / other.norm()) < 4e-3, name
 
 
 def check_mutations() -> None:
@@ -127,6 +148,8 @@ def check_mutations() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--mutations"]:
         check_mutations()
+    elif sys.argv[1:] == ["--slow"]:
+        check_slow_pairs()
     else:
         for chosen_name in sys.argv[1:]:
             check(chosen_name)

@@ -43,6 +43,7 @@ class Case:
     block_size: int = 64
     dtype: torch.dtype = torch.float16
     spilled: bool = False
+    theta: float = 10_000.0  # base of the rotary frequencies
 
 
 # Enough query heads in each that the ratio of two errors is not one of two accidents.
@@ -160,7 +161,7 @@ def decode_call(case: Case, device: str) -> Call:
     rope = None
     if case.rotated:
         tiles = -(-max(case.lengths) // (2 * BS))
-        frequency = 1 / 10000 ** (torch.arange(0, D, 2) / D)
+        frequency = 1 / case.theta ** (torch.arange(0, D, 2) / D)
         offset, base = (torch.arange(n)[:, None] * f * frequency for n, f in ((2 * BS, 1), (tiles, 2 * BS)))
         tables = (offset.cos() * case.scaling, offset.sin() * case.scaling, base.cos(), base.sin())
         rope = Rope(*(table.to(device) for table in tables))

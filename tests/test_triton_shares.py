@@ -41,6 +41,50 @@ CASES = {
     "enough for a few blocks each": Case((64 * 40, 64 * 5), 45, at_once=20),
 }
 
+TIERS = {
+    "one length": Case((2048,) * 8, 1 << 10, at_once=20),
+    "ragged": Case((32768, 300, 16384, 512, 4096, 1024), 1 << 10, at_once=40),
+    "few blocks": Case((2048, 70, 1), 1 << 10, at_once=198),
+    "a large one for each": Case((64 * 21, 64 * 20, 1), 1 << 10, at_once=4),
+    "a window": Case((9, 40000, 11000, 700), 1 << 10, window=10000, at_once=10),
+    "nothing stored beside": Case((0, 13000, 0), 1 << 10, at_once=5),
+}
+SMALL = 6
+
+
+def check_tiers(case: Case, device: str) -> None:
+    from kvquant.kernels.triton_kernels.shares import programs_of_tiers, share_blocks
+
+    lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
+    made = share_blocks(
+        lengths, case.programs, case.block_size, at_once=case.at_once, fewest_blocks=FEWEST_BLOCKS,
+        window=case.window, sink_tokens=case.sink_tokens, small=SMALL,
+    )  # fmt: skip
+    shares, parts = (x.tolist() for x in made)
+    zero, used = parts.pop()
+    assert zero == 0 and used <= programs_of_tiers(len(case.lengths), case.at_once, SMALL)
+    by_part = {row[3]: row for row in shares[:used]}
+    assert sorted(by_part) == list(range(used))
+    every = 0
+    for b, (length, (first, count)) in enumerate(zip(case.lengths, parts, strict=True)):
+        rows = [by_part[part] for part in range(first, first + count)]
+        assert all(row[0] == b and row[2] > row[1] for row in rows)
+        seen = 0 if case.window is None else max(0, length - case.window) // case.block_size
+        found = [column for _, begin, end, _ in rows for column in range(begin, end)]
+        assert found == list(range(seen, -(-length // case.block_size)))
+        every += len(found)
+    sizes = [end - begin for _, begin, end, _ in shares[:used]]
+    large = -(-3 * every // (4 * case.at_once))
+    small = -(-large // SMALL)
+    if small < FEWEST_BLOCKS:
+        large = small = -(-every // case.at_once)
+    larges = sizes.count(large) if small < large else used
+    assert larges <= case.at_once or small == large
+    assert sizes[:larges] == [large] * larges or small == large
+    assert max(sizes[larges:], default=0) <= small and max(sizes, default=0) <= large
+    # Small ones have a quarter of all blocks, and less than a large one of each sequence beside.
+    assert small == large or sum(sizes[larges:]) <= every / 4 + len(case.lengths) * large
+
 
 def check(case: Case, device: str) -> None:
     from kvquant.kernels.triton_kernels.shares import share_blocks
@@ -51,19 +95,21 @@ def check(case: Case, device: str) -> None:
         window=case.window, sink_tokens=case.sink_tokens,
     )  # fmt: skip
     shares, parts = (x.tolist() for x in made)
-    assert shares[0][3] == 0  # from which a kernel counts
     visible = []
     for length in case.lengths:
         first = max(min(length, case.sink_tokens), 0 if case.window is None else length - case.window)
         visible.append(range(first // case.block_size, -(-length // case.block_size)))
+    zero, expected = parts.pop()
+    assert zero == 0  # from which a kernel counts
     used = 0
     for b, (first, count) in enumerate(parts):
         rows = shares[first : first + count]
         assert all(row[0] == b for row in rows)
+        assert [row[3] for row in rows] == list(range(first, first + count))
         assert [column for _, begin, end, _ in rows for column in range(begin, end)] == list(visible[b])
         assert all(end > begin for _, begin, end, _ in rows)
         used += count
-    assert used <= case.programs
+    assert used == expected <= case.programs
     assert all(row[1] == row[2] for row in shares[used:])
     sizes = [end - begin for _, begin, end, _ in shares[:used]]
     # The largest go first, the last one of a sequence alone may be smaller.
@@ -76,7 +122,7 @@ def check(case: Case, device: str) -> None:
     assert max(map(len, visible)) < worth or largest >= worth
 
 
-def test_every_block_has_one_program_in_the_interpreter() -> None:
+def test_every_block_has_one_program_and_large_shares_go_first_in_the_interpreter() -> None:
     interpret(__file__)
 
 
@@ -84,6 +130,12 @@ def test_every_block_has_one_program_in_the_interpreter() -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_block_has_one_program_on_a_gpu(case: Case) -> None:
     check(case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", TIERS.values(), ids=TIERS)
+def test_large_shares_go_first_on_a_gpu(case: Case) -> None:
+    check_tiers(case, "cuda")
 
 
 def test_programs_fill_whole_rounds_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,3 +167,6 @@ if __name__ == "__main__":
     for name, one in CASES.items():
         print(name)
         check(one, "cpu")
+    for name, one in TIERS.items():
+        print("tiers:", name)
+        check_tiers(one, "cpu")

@@ -6,18 +6,18 @@ import ctypes
 
 POINTERS = (
     # Made before the kernel (kvquant.kernels.triton_kernels.prepare)
-    "q_words", "affine", "unit", "bases", "shares",
+    "q_words", "affine", "unit", "bases", "angles", "slow", "shares",
     # Of the call
-    "offset_cos", "offset_sin", "block_table", "kv_lengths",
+    "block_table", "kv_lengths",
     # Keys
     "key_codes", "key_count", "key_index", "key_value",
     "spill_head", "spill_next", "spill_index", "spill_value", "key_centroids",
     # Values
     "value_codes", "value_zero", "value_scale", "value_index", "value_value", "value_end", "value_centroids",
-    # A number that starts at 0, by which warps take shares, and what they find
+    # A number that starts at 0, by which warps take shares, and how many there are of each head; what warps find
     "taken", "part_best", "part_total", "part_out",
 )  # fmt: skip
-INTEGERS = ("window", "sink_tokens", "table_stride", "H", "VG", "programs")
+INTEGERS = ("window", "sink_tokens", "table_stride", "H", "VG")
 
 
 class Arguments(ctypes.Structure):

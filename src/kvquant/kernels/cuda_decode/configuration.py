@@ -13,17 +13,16 @@ BITS = (2, 3, 4)
 MOST_GROUPS = 8  # columns of a tensor core's product
 CHAIN = 32  # entries of a chain's first chunk, which are copied with a block's own
 FEWEST_WARPS = 4
-# Twelve warps leave a thread 168 registers, sixteen 128. H200, 8 sequences of 32K tokens, us in the forms that were tried
-# with both: 2 bits 193 to 198 with sixteen and 202 to 210 with twelve; 3 bits 234 and 234, 235 and 236; at 4 bits the
-# table of pairs leaves no room for sixteen.
-_MOST_WARPS, _MOST_WARPS_OF_TWO_BITS = 12, 16
+# Twelve warps leave a thread 168 registers; sixteen, with 128, would keep sums in local memory.
+_MOST_WARPS = 12
 
 # As in layout.cuh
-_TABLE_AT, _RESERVED = 1 << 16, 1 << 10  # the look-up tables' address, and what of shared memory is not ours
-_TABLE = 1 << 16
+_TABLE_AT, _RESERVED = 1 << 16, 1 << 10  # the look-up table's address, and what of shared memory is not ours
+_TABLE, _NARROW_TABLE = 1 << 16, 0x7800
 _ANGLES = BLOCK_SIZE * 64 * 4
-_LISTS = 640
-_SCORE_ROW, _OUT_ROW, _QUERY_ROW = 68, 143, 320
+_LISTS = 672
+_GAP = 32
+_OUT_ROW, _QUERY_ROW = 143, 320
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,27 +65,27 @@ class Configuration:
     def warp_bytes(self) -> int:
         """Shared memory of a warp alone (W_BYTES)."""
         GN = self.padded_groups
-        values = BLOCK_SIZE * 16 * self.value_bits
-        bases_and_ranges = 2 * 256
+        values = BLOCK_SIZE * 16 * self.value_bits + (4 * _GAP if self.value_bits < 4 else 0)
+        bases_and_ranges = (256 if self.is_bfloat16 else 512) + 256
         entries = 2 * 2 * self.key_places + 2 * 2 * 128
-        scores_and_sums = GN * (_SCORE_ROW + _OUT_ROW) * 4
-        queries = _up(values + bases_and_ranges + entries + scores_and_sums, 16) + _QUERY_ROW * GN
-        keys = BLOCK_SIZE * 16 * self.key_bits if self.key_bits < 4 else 0
-        return _up(queries + 4 * 256 + keys, 128)
+        last = GN - 1
+        scores = last % 2 * 68 + last // 2 * 144 + (last // 2 * 8 + last // 2 % 2 * 12 if GN > 4 else 0) + 68
+        scores_and_sums = (scores + GN * _OUT_ROW) * 4
+        queries = _up(values + bases_and_ranges + entries + scores_and_sums, 32) + _QUERY_ROW * GN
+        keys = BLOCK_SIZE * 16 * self.key_bits + 7 * _GAP if self.key_bits < 4 else 0
+        state = 64
+        return _up(queries + 4 * 256 + state + keys, 32)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a program."""
-        before = _ANGLES + _LISTS
-        if 4 not in (self.key_bits, self.value_bits):
-            return before + self.warps * self.warp_bytes
-        below = (_TABLE_AT - _RESERVED - before) // self.warp_bytes  # warps in front of the tables
-        return _TABLE_AT - _RESERVED + _TABLE + max(0, self.warps - below) * self.warp_bytes
+        table = _NARROW_TABLE if self.key_bits == self.value_bits == 3 else _TABLE
+        below = (_TABLE_AT - _RESERVED - _ANGLES - _LISTS) // self.warp_bytes  # warps in front of the table
+        return _TABLE_AT - _RESERVED + table + max(0, self.warps - below) * self.warp_bytes
 
     def with_most_warps(self, shared_bytes: int) -> Configuration | None:
         """As many warps as a program of ``shared_bytes`` holds; None: fewer than are worth it."""
-        most = _MOST_WARPS_OF_TWO_BITS if self.key_bits == self.value_bits == 2 else _MOST_WARPS
-        for warps in range(most, FEWEST_WARPS - 1, -1):
+        for warps in range(_MOST_WARPS, FEWEST_WARPS - 1, -1):
             chosen = dataclasses.replace(self, warps=warps)
             if chosen.shared_bytes <= shared_bytes:
                 return chosen

@@ -36,11 +36,18 @@ from kvquant.kernels.triton_kernels.decode_call import (
     prepare_call,
 )
 from kvquant.kernels.triton_kernels.lookup import INTERPRET
-from kvquant.kernels.triton_kernels.shares import places_of, programs_for
+from kvquant.kernels.triton_kernels.shares import places_of, programs_for, programs_of_tiers
 
-# Warps take further shares on their own as they end, so that one round of them is asked for (shares.py), of three blocks
-# at least, as of Triton's kernel.
+# Warps take further shares on their own as they end: see store_tiers. How many small shares make a large one, and blocks
+# of a small one at least: H200, 4, 3, 2 bits, 64 sequences of 32K tokens, us with six 1246, 1252, 1115, with three 1261,
+# 1271, 1137; at 4 and 2 bits, all of one size, 1450 and 1347 (of a form before). But 8 such sequences: 204, 200, 180 with
+# small ones of three blocks, 192, 189, 175 without: a share costs a start, an end and a part to merge.
+_SMALL, _FEWEST_SMALL = 6, 8
+# Of more sequences than that is for, one round of shares of about one size.
 _ROUNDS, _FEWEST_BLOCKS = 1, 3
+# Blocks that each warp must have, or Triton's kernel is quicker: H200, 4 bits, us 26 instead of 18 where there are 128
+# (sequence, KV head)s' blocks for 1,584 warps, 41 instead of 28 where there are 1,024, 48 and 52 where there are 4,096.
+_FEWEST_FOR_A_WARP = 2.5
 OLDEST = (9, 0)  # on an A100 it compiles, and was not run
 
 
@@ -87,6 +94,26 @@ def cuda_decode_refusal(
     return reason
 
 
+def is_chosen(
+    query: Tensor,
+    block_table: Tensor,
+    layer: Callable[[Tensor], tuple[Tensor, Tensor]],
+    rope: Rope | None,
+    block_size: int,
+) -> bool:
+    """Whether a decode call is this kernel's: it is for it, and there may be blocks enough to keep its warps busy.
+
+    How many there are only the device knows; what is looked at is the size of the block table, [B, M].
+    """
+    if cuda_decode_refusal(query, layer, rope, block_size) is not None:
+        return False
+    assert isinstance(layer, StoredLayer) and isinstance(layer.keys, KeyStore)
+    configuration = _fitted(query, layer)
+    assert configuration is not None, "see _device_refusal"
+    blocks = block_table.numel() * layer.keys.codes.shape[1]
+    return blocks >= _FEWEST_FOR_A_WARP * places_of(configuration.warps, query.device)
+
+
 def _configuration(
     query: Tensor, layer: StoredLayer, window: int | None = None, softcap: float | None = None
 ) -> Configuration:
@@ -105,12 +132,25 @@ def _configuration(
     )
 
 
+@functools.cache
+def _with_most_warps(configuration: Configuration, shared_bytes: int) -> Configuration | None:
+    return configuration.with_most_warps(shared_bytes)
+
+
+def _fitted(
+    query: Tensor, layer: StoredLayer, window: int | None = None, softcap: float | None = None
+) -> Configuration | None:
+    """What a call needs, with as many warps as its device holds; None: too small."""
+    properties = torch.cuda.get_device_properties(query.device)
+    return _with_most_warps(_configuration(query, layer, window, softcap), _shared_bytes(properties))
+
+
 def _device_refusal(configuration: Configuration, device: torch.device) -> str | None:
     """Say why a device is too old or too small; None: it is neither."""
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < OLDEST:
         return f"it is for compute capability {OLDEST[0]}.{OLDEST[1]} and later, got {properties.major}.{properties.minor}"
-    if configuration.with_most_warps(_shared_bytes(properties)) is None:
+    if _with_most_warps(configuration, _shared_bytes(properties)) is None:
         return (
             f"{FEWEST_WARPS} warps need {configuration.shared_bytes} bytes of shared memory at {configuration.key_bits} "
             f"and {configuration.value_bits} bits, got a GPU with {_shared_bytes(properties)}"
@@ -163,7 +203,7 @@ def attend_cuda_decode(
     assert constants is not None and rope is not None
     device = query.device
     properties = torch.cuda.get_device_properties(device)
-    configuration = _configuration(query, layer, window, softcap).with_most_warps(_shared_bytes(properties))
+    configuration = _fitted(query, layer, window, softcap)
     assert configuration is not None, "see _device_refusal"
     kernel = _build(configuration, device.index)
     if isinstance(kernel, str):
@@ -171,7 +211,12 @@ def attend_cuda_decode(
 
     H, M = keys.codes.shape[1], block_table.shape[1]
     places = places_of(configuration.warps, device)
-    programs = max(B, programs or programs_for(B, H, M, places, _FEWEST_BLOCKS, _ROUNDS))
+    at_once = max(1, places // H)
+    small = _SMALL if programs is None and at_once >= 2 * B else 1
+    if small > 1:
+        programs = min(programs_of_tiers(B, at_once, small), B * M)
+    else:
+        programs = max(B, programs or programs_for(B, H, M, places, _FEWEST_BLOCKS, _ROUNDS))
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     q, rope = query.contiguous(), Rope(*(t.contiguous() for t in rope))
     factor = softmax_scale if softcap is not None else softmax_scale * LOG2E.value
@@ -179,16 +224,16 @@ def attend_cuda_decode(
     prepared, parts = prepare_call(
         q, kv_lengths, constants, rope, M, block_size, blocks_per_tile, factor, H, MOST_GROUPS,
         plane_bytes_of(D, layer.key_bits), layer.key_bits, layer.value_bits,
-        programs, max(1, places // H), _FEWEST_BLOCKS, window, sink_tokens, pairs=True,
+        programs, at_once, _FEWEST_SMALL if small > 1 else _FEWEST_BLOCKS, window, sink_tokens, pairs=True, small=small,
     )  # fmt: skip
-    q_words, _, affine, _, unit, _, bases, _, _, shares = prepared
+    q_words, _, affine, _, unit, angles, bases, wide_bases, slow, shares = prepared
     # The exact first tokens of each sequence are one more part.
     found = empty_parts(programs + (B if sink_tokens else 0), H, MOST_GROUPS, D, device)
     best, total, out = found
     tensors = {
-        "q_words": q_words, "affine": affine, "unit": unit, "bases": bases, "shares": shares,
-        "offset_cos": rope.offset_cos, "offset_sin": rope.offset_sin,
-        "block_table": table, "kv_lengths": kv_lengths,
+        "q_words": q_words, "affine": affine, "unit": unit, "angles": angles, "slow": slow,
+        "bases": bases if configuration.is_bfloat16 else wide_bases,
+        "shares": shares, "block_table": table, "kv_lengths": kv_lengths,
         "key_codes": keys.codes, "key_count": keys.outlier_count,
         "key_index": keys.outlier_index, "key_value": keys.outlier_value,
         "spill_head": keys.spill_head, "spill_next": keys.spill_next,
@@ -200,9 +245,9 @@ def attend_cuda_decode(
     }  # fmt: skip
     arguments = Arguments(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
-        taken=shares.data_ptr() + 3 * shares.element_size(),  # the zero of the first row, see shares.py
+        taken=parts[B].data_ptr(),  # see shares.py
         softcap=float(softcap or 1.0), window=window or 0, sink_tokens=sink_tokens, table_stride=table.stride(0),
-        H=H, VG=values.zero.shape[-1], programs=programs,
+        H=H, VG=values.zero.shape[-1],
     )  # fmt: skip
     launch(
         kernel, arguments, grid=min(properties.multi_processor_count, programs * H), threads=32 * configuration.warps,

@@ -9,38 +9,49 @@
 #define BS 64
 #define D 128
 #define GP 8           // columns of a product: query heads, with padding
+// Up to four heads stand in the columns twice, so that lanes r = 0 and 1 weigh half of the tokens and r = 2 and 3 the rest.
+#define SPLIT (GN <= 4)
+#define TILES (SPLIT ? 2 : 4)  // of sixteen tokens, whose weights a lane computes
 #define K_ROW (16 * KB)  // bytes of a token's codes
 #define V_ROW (16 * VB)
 
-// A warp's own, bytes.
+// A warp's own, bytes. What is copied there is 32 bytes aligned, as what comes from memory is.
+#define GAP 32                                    // between rows that are read at once, so that they lie in different banks
 #define V_BYTES (BS * V_ROW)
+#define V_GROUP (16 * V_ROW + (VB < 4 ? GAP : 0)) // of 16 tokens
+#define K_GROUP (8 * K_ROW + GAP)                 // of 8 tokens
 #define W_CODES 0                                 // values of the block
-#define W_BASES (W_CODES + V_BYTES)               // (cos, sin) of its first position
-#define W_RANGES (W_BASES + 256)                  // scales of its values, then zeros
+#define W_BASES (W_CODES + 4 * V_GROUP)           // (cos, sin) of its middle
+#define BASES (BF16 ? 256 : 512)                  // fp16, or fp32 cosines and then sines: see Turned
+#define W_RANGES (W_BASES + BASES)                 // scales of its values, then zeros
 #define W_KEYS (W_RANGES + 256)                   // outliers: numbers, then what they are
 #define W_VALUES (W_KEYS + 4 * K_PLACES)
 #define V_PLACES 128
 #define W_SCORES (W_VALUES + 4 * V_PLACES)        // of the keys' outliers, in fixed point: a row for each head
-#define SCORE_ROW 68
+// Eight lanes' sixteen bytes lie in different banks.
+#define SCORE_ROW(g) ((g) % 2 * 68 + (SPLIT ? (g) / 2 * 144 : (g) / 2 * 152 + (g) / 2 % 2 * 12))
+#define SCORE_WORDS (SCORE_ROW(GN - 1) + 68)
 #define W_WEIGHTS W_SCORES                        // once the scores are read; zeros again before the next block's
-#define W_OUT (W_SCORES + 4 * GN * SCORE_ROW)     // of the values' outliers, in fixed point: a row for each head
+#define W_OUT (W_SCORES + 4 * SCORE_WORDS)        // of the values' outliers, in fixed point: a row for each head
 #define OUT_ROW 143
 #define OUT_PLACE(d) ((d) + ((d) >> 3))           // what neighbours read lies in different banks
-#define W_QUERY ((W_OUT + 4 * GN * OUT_ROW + 15) / 16 * 16)  // (x, y) of each pair of channels: a row for each head
+#define W_QUERY ((W_OUT + 4 * GN * OUT_ROW + 31) / 32 * 32)  // (x, y) of each pair of channels: a row for each head
 #define QUERY_ROW 320
 #define W_SCALE (W_QUERY + QUERY_ROW * GN)        // of the keys' channels, by pairs
 #define W_ZERO (W_SCALE + 256)
 #define W_LEAST (W_ZERO + 256)                    // what code 0 decodes to
 #define W_COLUMNS (W_LEAST + 256)                 // Block of each of 16 columns
-#define W_KEY_CODES (W_COLUMNS + 256)             // at 2 and 3 bits; those of 4 wait in registers
-#define W_BYTES ((W_KEY_CODES + (KB < 4 ? BS * K_ROW : 0) + 127) / 128 * 128)
+#define W_STATE (W_COLUMNS + 256)                 // what is looked at once a block, so that no register is taken: State
+#define W_SHARE (W_STATE + 48)                    // what is to be done next: a row of shares
+#define W_KEY_CODES (W_STATE + 64)                // at 2 and 3 bits; those of 4 wait in registers
+#define W_BYTES ((W_KEY_CODES + (KB < 4 ? 8 * K_GROUP - GAP : 0) + 31) / 32 * 32)
 
-// Shared by all warps. The table of pairs, of four-bit codes, begins at 64 KiB sharp, so that an address is a byte of
-// codes put between two bytes of where the table is; what else there is lies before it as far as there is room.
+// Shared by all warps. The table of what bytes of codes mean begins at 64 KiB sharp, so that an address is a byte put
+// between two bytes of where the table is; what else there is lies before it as far as there is room.
 #define TABLE_AT 0x10000u
-#define TABLE_BYTES (KB == 4 || VB == 4 ? 0x10000 : 0)
+#define TABLE_BYTES (KB == 3 && VB == 3 ? 0x7800 : 0x10000)  // two codes of three bits make no byte above 0x77
 #define ANGLES (BS * 64 * 4)
-#define LISTS 640                                 // of channels, of tokens, and tables of fewer bits
+#define LISTS 672                                 // of channels, of tokens, how fast slow pairs turn, and places
 #define RESERVED 1024                             // what a kernel's own memory begins behind, at most
 #define BEFORE_TABLE ((int)((TABLE_AT - RESERVED - ANGLES - LISTS) / W_BYTES))
 
@@ -53,12 +64,12 @@ INLINE Shared shared_of(u32 start, int warp) {
   s.angles = start;
   s.lists = start + ANGLES;
   s.mine = s.lists + LISTS + warp * W_BYTES;
-  if (TABLE_BYTES && warp >= BEFORE_TABLE) s.mine = TABLE_AT + TABLE_BYTES + (warp - BEFORE_TABLE) * W_BYTES;
+  if (warp >= BEFORE_TABLE) s.mine = TABLE_AT + TABLE_BYTES + (warp - BEFORE_TABLE) * W_BYTES;
   return s;
 }
 
 // Channels c and c + D/2 are a pair. A lane r of four decodes sixteen of them, those of its bytes of a row, four a word
-// (n = 0 to 3, k = 0 to 3); at 2 and 3 bits a byte has two.
+// (n = 0 to 3, k = 0 to 3); at 2 and 3 bits a byte has two, and units n = 1 and 3 are the slower half of all pairs.
 INLINE int channel_of(int n, int r, int k) {
 #if KB == 4
   return 16 * r + 4 * n + k;

@@ -12,8 +12,8 @@
 template <int N>
 INLINE void add_keys(const Shared& s, const u32* number, const float* value, const bool* live, float inverse_size,
                      float unit) {
-  u32 query[N][GN], angle[N], base[N], channel[N], token[N];
-  float least[N];
+  u32 query[N][GN], angle[N], channel[N], token[N];
+  float least[N], cb[N], sb[N];
 #pragma unroll
   for (int i = 0; i < N; i++) {
     channel[i] = look(s.lists + (number[i] << 2 & 0xFC));
@@ -23,7 +23,14 @@ INLINE void add_keys(const Shared& s, const u32* number, const float* value, con
   for (int i = 0; i < N; i++) {
     const u32 at = s.mine + (channel[i] >> 16);
     angle[i] = look(s.angles + token[i] + (channel[i] & 0xFFFF));
-    base[i] = load(at + W_BASES);
+#if BF16
+    const u32 base = load(at + W_BASES);
+    cb[i] = low_of(base);
+    sb[i] = high_of(base);
+#else
+    cb[i] = as_float(load(s.mine + W_BASES + (number[i] & 63) * 4));
+    sb[i] = as_float(load(s.mine + W_BASES + (number[i] & 63) * 4 + 256));
+#endif
     const u32 pair = load(at + W_LEAST);
     least[i] = number[i] & 64 ? high_of(pair) : low_of(pair);
 #pragma unroll
@@ -31,17 +38,17 @@ INLINE void add_keys(const Shared& s, const u32* number, const float* value, con
   }
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    const float cb = low_of(base[i]), sb = high_of(base[i]), cj = low_of(angle[i]), sj = high_of(angle[i]);
+    const float cj = low_of(angle[i]), sj = high_of(angle[i]);
     const float scaled = (value[i] * inverse_size - least[i]) * unit;
     const float delta = fminf(fmaxf(scaled, -LARGEST_SCORE), LARGEST_SCORE);
-    const float cosine = (cb * cj - sb * sj) * delta, sine = (sb * cj + cb * sj) * delta;
+    const float cosine = (cb[i] * cj - sb[i] * sj) * delta, sine = (sb[i] * cj + cb[i] * sj) * delta;
     const bool upper = number[i] & 64;
     const float x = upper ? -sine : cosine, y = upper ? cosine : sine;
     const u32 at = s.mine + W_SCORES + (number[i] >> 5 & 0xFC);
     if (live[i])
 #pragma unroll
       for (int g = 0; g < GN; g++)
-        add(at + g * SCORE_ROW * 4, to_int(x * low_of(query[i][g]) + y * high_of(query[i][g])));
+        add(at + SCORE_ROW(g) * 4, to_int(x * low_of(query[i][g]) + y * high_of(query[i][g])));
   }
 }
 
@@ -85,7 +92,7 @@ INLINE float value_difference(u32 mine, float value, u32 token, float first) {
 INLINE void add_value(u32 mine, u32 token, u32 channel, float scaled, bool live) {
   u32 weight[GN];
 #pragma unroll
-  for (int g = 0; g < GN; g++) weight[g] = load(mine + W_WEIGHTS + (g * SCORE_ROW + token) * 4);
+  for (int g = 0; g < GN; g++) weight[g] = load(mine + W_WEIGHTS + (SCORE_ROW(g) + token) * 4);
   if (live)
 #pragma unroll
     for (int g = 0; g < GN; g++)
@@ -149,20 +156,17 @@ template <class Arguments> struct Values {
   }
 };
 
-// Sums of differences of values in fixed point, until they are moved to where the others are.
+// Sums of differences of values in fixed point, until they are moved to where the others are. No difference is larger
+// than ``most``; ``factor`` makes whole numbers of a difference times a weight. Weights are up to 2^14, so that one addend
+// is up to 2^19, and 16 blocks of 64 tokens fit.
 struct Heap {
-  float most = 0.f;    // no difference is larger
-  float factor = 1.f;  // from a difference times a weight to whole numbers
-  int blocks = 0;      // that have added to it
-
-  // Weights are up to 2^14, so that one addend is up to 2^19, and 16 blocks of 64 tokens fit.
-  INLINE bool full() const { return blocks >= 16; }
+  float most, factor;
   INLINE void fit(float largest) {
     largest = fmaxf(largest_of_warp(largest), 1e-30f);
     most = as_float((as_word(largest) & 0x7f800000u) + 0x01000000u);  // a power of two; the largest is below half of it
     factor = 64.f * reciprocal(most);
   }
-  INLINE void move(float (*sums)[4], u32 mine, float size, int lane) {
+  INLINE void move(float (*sums)[4], u32 mine, float size, int lane) const {
     const int q = lane >> 2, r = lane & 3;
     const float back = reciprocal(factor * size);
     __syncwarp();
@@ -178,6 +182,5 @@ struct Heap {
             store(at, 0);
           }
     __syncwarp();
-    blocks = 0;
   }
 };

@@ -9,15 +9,12 @@ typedef unsigned short u16;
 #define ALL_LANES 0xffffffffu
 #define INFINITE __int_as_float(0x7f800000)
 
-// Four bytes of eight, as the nibbles of ``selector`` say, which are below 8.
-INLINE u32 permuted(u32 a, u32 b, u32 selector) {
-  u32 r; asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector)); return r;
-}
 INLINE float as_float(u32 x) { return __uint_as_float(x); }
 INLINE u32 as_word(float x) { return __float_as_uint(x); }
 
 // -- two fp16 numbers --------------------------------------------------------------------------------------------
 INLINE u32 half_mul(u32 a, u32 b) { u32 r; asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
+INLINE u32 half_add(u32 a, u32 b) { u32 r; asm("add.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
 INLINE u32 half_fma(u32 a, u32 b, u32 c) {
   u32 r; asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r;
 }
@@ -64,6 +61,7 @@ INLINE void load4(u32* x, u32 at) {
 }
 // Of what never changes once the tables are there: the compiler may move these as it likes.
 INLINE u32 look(u32 at) { u32 r; asm("ld.shared.b32 %0,[%1];" : "=r"(r) : "r"(at)); return r; }
+INLINE void look2(u32* x, u32 at) { asm("ld.shared.v2.b32 {%0,%1},[%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(at)); }
 INLINE void look4(u32* x, u32 at) {
   asm("ld.shared.v4.b32 {%0,%1,%2,%3},[%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at));
 }

@@ -27,10 +27,6 @@ from kvquant.kernels.triton_kernels.shares import places_of, programs_for
 from kvquant.ragged import RaggedStep
 
 DECODE_BITS = (2, 3, 4)
-# Whether the CUDA kernel comes first where it can run. On an H200, 8 sequences of 32K tokens at 4, 3, 2 bits took forms of
-# it 218 to 230, 223 to 227 and 193 to 195 us, Triton's 269, 253 and 233; but they were started by another launcher than
-# cuda_decode's, which no GPU has seen yet, and over no other lengths.
-CUDA_DECODES = False
 # Six programs of 64 threads share a multiprocessor with as many registers each. H200, 8 sequences of 32K tokens, us at
 # 4, 3, 2 bits: 269, 253, 233, seven programs with 144 registers 277, 271, 226; in another run 260, 251, 222, eight with
 # 128, which spill, 278, 267, 244.
@@ -56,17 +52,16 @@ def attend(
 ) -> Tensor:
     """Attention of a call; arguments and result as of :func:`kvquant.kernels.tiled_attention.attend_tiled`.
 
-    A call of one new token per sequence reads packed codes (:func:`attend_decode`, and if CUDA_DECODES
-    :func:`~kvquant.kernels.cuda_decode.launch.attend_cuda_decode` before it) or exact blocks
-    (:func:`attend_exact_decode`), whichever comes first of those whose refusal has nothing against it; any other call is :func:`attend_prefill`'s where :func:`prefill_refusal` has not. The rest goes
+    A call of one new token per sequence reads packed codes, with the CUDA kernel where it is chosen
+    (:func:`kvquant.kernels.cuda_decode.launch.is_chosen`), else with Triton's (:func:`attend_decode`), or exact blocks
+    (:func:`attend_exact_decode`); any other call is :func:`attend_prefill`'s. What a refusal has something against goes
     tile by tile, and of prompts that is said.
     """
     if max(step.lengths) == 1:
-        in_cuda = ((cuda_decode.cuda_decode_refusal, cuda_decode.attend_cuda_decode),)
+        in_cuda = cuda_decode.is_chosen(query, step.block_table, read_tile, rope, block_size)
         in_triton = ((decode_refusal, attend_decode), (exact_refusal, attend_exact_decode))
-        for refusal, decode_with in (*(in_cuda if CUDA_DECODES else ()), *in_triton):
-            if refusal(query, read_tile, rope, block_size) is not None:
-                continue
+        ways = [way for refusal, way in in_triton if refusal(query, read_tile, rope, block_size) is None]
+        for decode_with in (*([cuda_decode.attend_cuda_decode] if in_cuda else []), *ways[:1]):
             try:
                 return decode_with(
                     query,

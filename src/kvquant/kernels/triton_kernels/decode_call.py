@@ -37,6 +37,7 @@ def prepare_call(
     window: int | None,
     sink_tokens: int,
     pairs: bool = False,
+    small: int = 1,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """A decode kernel's first ten arguments (see prepare.py), a few KiB per head, half a KiB per block, and parts.
 
@@ -52,7 +53,8 @@ def prepare_call(
         bits, value_bits: of a code.
         programs, at_once, fewest_blocks: how blocks are shared, see shares.py.
         sink_tokens: first tokens that are kept apart.
-        pairs: each base angle's cosine and sine side by side, instead of four cosines and four sines.
+        pairs: cosines and sines side by side, and angles from the middle of a block: of the CUDA kernel.
+        small: large shares of blocks have as much as so many small ones; 1: all shares are alike.
     """
     B, Hq, D = query.shape
     BH, wide, half = B * H, torch.float32, torch.float16
@@ -73,7 +75,7 @@ def prepare_call(
         empty(units, rows // 16, 64, 8),
         empty(max(bases, 1), units, 4, 8),
         empty(max(bases, 1), D, dtype=wide),
-        empty(32, dtype=torch.int32),
+        empty(36, dtype=torch.int32),
     )
     shares, parts = empty_shares(B, programs, query.device)
     tables = (constants.key_zero,) * 4 if rope is None else tuple(rope)
@@ -83,7 +85,8 @@ def prepare_call(
         BH, H, blocks_per_tile * block_size // rows, float(factor), programs, at_once, window or 0, sink_tokens,
         G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,
         CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, BS=block_size,
-        SEQUENCES=padded(B), FEWEST=fewest_blocks, HAS_WINDOW=window is not None, PAIRS=pairs, num_warps=4,
+        SEQUENCES=padded(B), FEWEST=fewest_blocks, HAS_WINDOW=window is not None, PAIRS=pairs, SMALL=small,
+        num_warps=4,
     )  # fmt: skip
     return (*prepared, shares), parts
 

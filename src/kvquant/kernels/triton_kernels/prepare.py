@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kvquant.kernels.triton_kernels.lookup import load_tables
-from kvquant.kernels.triton_kernels.shares import store_shares
+from kvquant.kernels.triton_kernels.shares import store_shares, store_tiers
 
 
 @triton.jit
@@ -32,19 +32,62 @@ def _store_table(look_up, centroids, BITS: tl.constexpr):
             tl.store(look_up + 8 + copy * 4 + k, t[4 + k])
 
 
+@triton.jit
+def _unit_angle(offset_cos, offset_sin, steps, channel, inside, HALF: tl.constexpr):
+    """Cosine and sine of the angle of ``steps`` positions, without the model's attention scaling."""
+    cos = tl.load(offset_cos + steps * HALF + channel, mask=inside, other=1.0)
+    sin = tl.load(offset_sin + steps * HALF + channel, mask=inside, other=0.0)
+    inverse = tl.rsqrt(cos * cos + sin * sin)
+    return cos * inverse, sin * inverse
+
+
+# Half of a model's pairs of channels often turn so slowly that from a block's middle to its ends, 32 tokens, a cosine is
+# 1 and a sine a line: at an angle of 0.002 a token they miss 0.002 and 4e-5, about what bf16 and fp16 keep of them.
+_SLOWEST = tl.constexpr(0.002)
+_SLOPE_AT = tl.constexpr(28)  # tokens from the middle where the line meets the sine
+
+
+@triton.jit
+def _store_pair_angles(
+    angles, slow, offset_cos, offset_sin, row, n, r, k, channel, inside,
+    ROWS: tl.constexpr, HALF: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """What the CUDA kernel keeps in shared memory of ``row``, which is so far from the middle of ROWS tokens.
+
+    ``angles``: (cos, sin) pairs of all rows, four words of a lane after another (both tokens of a tile's row, of one
+    pair of channels and of the next). ``slow``, int32: (1, slope) of the pairs of units 1 and 3, and whether all are
+    slow.
+    """
+    steps = row - ROWS // 2
+    cos, sin = _unit_angle(offset_cos, offset_sin, tl.abs(steps), channel, inside, HALF)
+    at = n * 1024 + (row // 2 % 4) * 256 + (k // 2) * 128 + (row // 8) * 16 + r * 4 + (k % 2) * 2 + row % 2
+    tl.store(angles + at * 2, cos.to(tl.float16), mask=n < UNITS)
+    tl.store(angles + at * 2 + 1, tl.where(steps < 0, -sin, sin).to(tl.float16), mask=n < UNITS)
+    if row == 0:
+        upper = inside & (n % 2 == 1)
+        cos, sin = _unit_angle(offset_cos, offset_sin, 1, channel, upper, HALF)
+        is_slow = (cos > 0) & (tl.abs(sin) <= _SLOWEST) | (upper == 0)
+        tl.store(slow + 32, tl.min(is_slow.to(tl.int32), 0))
+        cos, sin = _unit_angle(offset_cos, offset_sin, _SLOPE_AT, channel, upper, HALF)
+        slope = (sin * (ROWS / 2 / _SLOPE_AT)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        tl.store(slow + (n // 2) * 16 + r * 4 + k, slope << 16 | 0x3C00, mask=upper)
+
+
 @triton.jit(do_not_specialize=["programs", "at_once", "window", "sink_tokens"])
 def _prepare_kernel(
     # [B, H, G, D]; [H, D] twice; centroids; rotary tables fp32 [>= BS, D/2] twice, [tiles, D/2] twice
     query, key_zero, key_scale, key_centroids, value_centroids, offset_cos, offset_sin, base_cos, base_sin, kv_lengths,
     # Results, fp16 unless said otherwise: [BH, units, (x, y), GP, 4 r, 4 k], [BH, D, GP],
     # [BH, units, 4 r, (scale x, zero x, scale y, zero y) * 4 k], fp32 [BH, D], fp32 [BH, 2],
-    # [units, ROWS / 16, 64 threads, (cos, sin) * 4 k], [M, units, (cos, sin), 4 r, 4 k] (PAIRS: (cos, sin) last), fp32 [M, (cos, sin), D/2],
-    # int32 [(keys, values), (low, high bytes), 2 copies, 4], shares and parts (shares.py); M counts ROWS tokens each
+    # [units, ROWS / 16, 64 threads, (cos, sin) * 4 k], [M, units, (cos, sin), 4 r, 4 k], fp32 [M, (cos, sin), D/2],
+    # int32 [(keys, values), (low, high bytes), 2 copies, 4], shares and parts (shares.py); M counts ROWS tokens each.
+    # With PAIRS, for the CUDA kernel: angles and the table in front of shares as of _store_pair_angles, bases with
+    # (cos, sin) last.
     q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up, shares, parts,
     heads, H, bpt, factor, programs, at_once, window, sink_tokens,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
     CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BS: tl.constexpr,
-    SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, PAIRS: tl.constexpr,
+    SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, PAIRS: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """A program for each sequence, each (sequence, KV head), each of ROWS rows of the table of places, all ROWS tokens.
 
@@ -52,7 +95,8 @@ def _prepare_kernel(
 
     Queries and keys are scaled by the head's largest so that fp16 holds them; ``unit[0]`` undoes that and carries
     ``factor`` (the softmax scale, times log2(e) where nothing comes between). The base of ROWS tokens is the angle
-    of the first: queries are turned back by it, keys on by their place among these.
+    of the first: queries are turned back by it, keys on by their place among these. With PAIRS it is the angle of the
+    middle one, and has the model's attention scaling, which the angles of places have else.
     """
     HALF: tl.constexpr = D // 2
     UNITS: tl.constexpr = CPL * NP
@@ -67,12 +111,18 @@ def _prepare_kernel(
     inside = (n < UNITS) & (word * 4 + k < W)
     if program < 0:
         b = program + sequences
-        store_shares(
-            b, kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
-            BS, SEQUENCES, FEWEST, HAS_WINDOW,
-        )  # fmt: skip
+        if SMALL > 1:
+            store_tiers(
+                b, kv_lengths, shares, parts, sequences, at_once, window, sink_tokens,
+                BS, SEQUENCES, FEWEST, HAS_WINDOW, SMALL,
+            )  # fmt: skip
+        else:
+            store_shares(
+                b, kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
+                BS, SEQUENCES, FEWEST, HAS_WINDOW,
+            )  # fmt: skip
     elif program < heads:
-        if program == 0:
+        if program == 0 and not PAIRS:
             _store_table(look_up, key_centroids, KB)
             _store_table(look_up + 16, value_centroids, VB)
         h = program % H
@@ -117,22 +167,27 @@ def _prepare_kernel(
             tl.store(q_words + to, (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None])
     elif program < heads + ROWS:
         row = program - heads
-        cos = tl.load(offset_cos + row * HALF + channel, mask=inside, other=0.0)
-        sin = tl.load(offset_sin + row * HALF + channel, mask=inside, other=0.0)
-        thread = ((row // 16) % 2) * 32 + (row % 8) * 4 + r
-        at = angles + ((n * (ROWS // 16) + (row // 32) * 2 + (row // 8) % 2) * 64 + thread) * 8 + k
-        tl.store(at, cos.to(tl.float16), mask=n < UNITS)
-        tl.store(at + 4, sin.to(tl.float16), mask=n < UNITS)
+        if PAIRS:
+            _store_pair_angles(
+                angles, look_up, offset_cos, offset_sin, row, n, r, k, channel, inside, ROWS, HALF, UNITS
+            )
+        else:
+            cos = tl.load(offset_cos + row * HALF + channel, mask=inside, other=0.0)
+            sin = tl.load(offset_sin + row * HALF + channel, mask=inside, other=0.0)
+            thread = ((row // 16) % 2) * 32 + (row % 8) * 4 + r
+            at = angles + ((n * (ROWS // 16) + (row // 32) * 2 + (row // 8) % 2) * 64 + thread) * 8 + k
+            tl.store(at, cos.to(tl.float16), mask=n < UNITS)
+            tl.store(at + 4, sin.to(tl.float16), mask=n < UNITS)
     else:
         column = program - heads - ROWS
         tile = (column // bpt) * HALF + channel
-        offset = (column % bpt) * ROWS * HALF + channel
+        offset = ((column % bpt) * ROWS + (ROWS // 2 if PAIRS else 0)) * HALF + channel
         cb = tl.load(base_cos + tile, mask=inside, other=1.0)
         sb = tl.load(base_sin + tile, mask=inside, other=0.0)
         co = tl.load(offset_cos + offset, mask=inside, other=1.0)
         so = tl.load(offset_sin + offset, mask=inside, other=0.0)
         # The offset table carries the model's attention scaling, the base must not.
-        inverse = tl.rsqrt(co * co + so * so)
+        inverse = 1.0 if PAIRS else tl.rsqrt(co * co + so * so)
         cos = (cb * co - sb * so) * inverse
         sin = (sb * co + cb * so) * inverse
         at = bases + (column * UNITS + n) * 32 + (r * 4 + k) * (2 if PAIRS else 1)

@@ -24,6 +24,38 @@ _MOST_ROUNDS = 4
 
 
 @triton.jit
+def _visible_blocks(
+    i, kv_lengths, sequences, window, sink_tokens, BS: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    """The first block of sequences ``i`` that is looked at, and how many there are from it on."""
+    length = tl.load(kv_lengths + i, mask=i < sequences, other=0)
+    first_visible = tl.minimum(length, sink_tokens)
+    if HAS_WINDOW:
+        first_visible = tl.maximum(first_visible, length - window)
+    start = first_visible // BS
+    return start, tl.cdiv(length, BS) - start
+
+
+@triton.jit
+def _store_run(shares, b, order, part, begin, size, end, count):
+    """``count`` shares of sequence ``b``, of ``size`` blocks each from ``begin`` on, as programs ``order`` and on."""
+    n = tl.arange(0, 64)
+    for s in range(0, count, 64):
+        first = begin + (s + n) * size
+        at = shares + (order + s + n) * 4
+        inside = s + n < count
+        tl.store(at, tl.zeros_like(n) + b, mask=inside)
+        tl.store(at + 1, first, mask=inside)
+        tl.store(at + 2, tl.minimum(first + size, end), mask=inside)
+        tl.store(at + 3, part + s + n, mask=inside)
+
+
+@triton.jit
+def _own(x, own):
+    return tl.sum(tl.where(own, x, 0), 0)
+
+
+@triton.jit
 def store_shares(
     b, kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
     BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -33,17 +65,12 @@ def store_shares(
     Where lengths are far below those that ``programs`` was chosen for, not all programs get blocks: shares have FEWEST
     at least, unless it takes smaller ones to keep ``at_once`` of them busy.
 
-    ``shares``, int32 [programs, 4]: sequence, first block, block behind the last one of each program, and in the first
-    row 0, from which a kernel may count; nothing in the others.
-    ``parts``, int32 [sequences, 2]: first program, number of programs of each sequence.
+    ``shares``, int32 [programs, 4]: sequence, first block, block behind the last one of each program, and its part.
+    ``parts``, int32 [sequences + 1, 2]: first part, number of parts of each sequence; then 0, from which a kernel may
+    count, and how many programs have got blocks.
     """
     i = tl.arange(0, SEQUENCES)
-    length = tl.load(kv_lengths + i, mask=i < sequences, other=0)
-    first_visible = tl.minimum(length, sink_tokens)
-    if HAS_WINDOW:
-        first_visible = tl.maximum(first_visible, length - window)
-    start = first_visible // BS
-    blocks = tl.cdiv(length, BS) - start
+    start, blocks = _visible_blocks(i, kv_lengths, sequences, window, sink_tokens, BS, HAS_WINDOW)
     # Halving between what all programs together need, and what certainly does: sequences round up to a program each.
     every = tl.sum(blocks, 0)
     least = tl.maximum(tl.minimum(tl.cdiv(every, at_once), FEWEST), 1)
@@ -58,46 +85,85 @@ def store_shares(
     share = tl.cdiv(blocks, tl.maximum(tl.cdiv(blocks, enough), 1))
     count = tl.cdiv(blocks, tl.maximum(share, 1))
     own = i == b
-    own_share = tl.sum(tl.where(own, share, 0), 0)
-    own_count = tl.sum(tl.where(own, count, 0), 0)
-    own_start = tl.sum(tl.where(own, start, 0), 0)
-    own_end = own_start + tl.sum(tl.where(own, blocks, 0), 0)
+    own_share, own_count, own_start = _own(share, own), _own(count, own), _own(start, own)
     before = (share > own_share) | ((share == own_share) & (i < b))
     first = tl.sum(tl.where(before, count, 0), 0)
     tl.store(parts + b * 2, first)
     tl.store(parts + b * 2 + 1, own_count)
-    n = tl.arange(0, 64)
-    for s in range(0, own_count, 64):
-        begin = own_start + (s + n) * own_share
-        at = shares + (first + s + n) * 4
-        inside = s + n < own_count
-        tl.store(at, tl.zeros_like(n) + b, mask=inside)
-        tl.store(at + 1, begin, mask=inside)
-        tl.store(at + 2, tl.minimum(begin + own_share, own_end), mask=inside)
+    _store_run(shares, b, first, first, own_start, own_share, own_start + _own(blocks, own), own_count)
     if b == 0:
-        tl.store(shares + 3, 0)
+        used = tl.sum(count, 0)
+        tl.store(parts + sequences * 2, 0)
+        tl.store(parts + sequences * 2 + 1, used)
         # Programs that nobody needs have no block.
-        for s in range(tl.sum(count, 0), programs, 64):
+        n = tl.arange(0, 64)
+        for s in range(used, programs, 64):
             at = shares + (s + n) * 4
             for field in tl.static_range(3):
                 tl.store(at + field, tl.zeros_like(n), mask=s + n < programs)
 
 
+@triton.jit
+def store_tiers(
+    b, kv_lengths, shares, parts, sequences, at_once, window, sink_tokens,
+    BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, SMALL: tl.constexpr,
+):  # fmt: skip
+    """Write shares as :func:`store_shares` does, for programs that take the next one as they end: first ``at_once``
+    large ones that hold three quarters of all blocks, then the rest in shares a SMALL-th of these, which end evenly.
+
+    It takes at most :func:`programs_of_tiers` programs. Where small shares would have less than FEWEST blocks, there is
+    one large one for each of ``at_once`` and what it leaves of a sequence.
+    """
+    i = tl.arange(0, SEQUENCES)
+    start, blocks = _visible_blocks(i, kv_lengths, sequences, window, sink_tokens, BS, HAS_WINDOW)
+    every = tl.sum(blocks, 0)
+    large = tl.cdiv(every * 3, at_once * 4)
+    small = tl.cdiv(large, SMALL)
+    if small < FEWEST:
+        large = tl.cdiv(every, at_once)
+        small = large
+    large = tl.maximum(large, 1)
+    small = tl.maximum(small, 1)
+    larges = tl.where(small < large, blocks * 3 // 4, blocks) // large
+    rest = blocks - larges * large
+    smalls = tl.cdiv(rest, small)
+    count = larges + smalls
+    own, before = i == b, i < b
+    first, own_start, own_larges = _own(count, before), _own(start, own), _own(larges, own)
+    own_end = own_start + _own(blocks, own)
+    tl.store(parts + b * 2, first)
+    tl.store(parts + b * 2 + 1, _own(count, own))
+    _store_run(shares, b, _own(larges, before), first, own_start, large, own_end, own_larges)
+    _store_run(
+        shares, b, tl.sum(larges, 0) + _own(smalls, before), first + own_larges, own_start + own_larges * large,
+        small, own_end, _own(smalls, own),
+    )  # fmt: skip
+    if b == 0:
+        tl.store(parts + sequences * 2, 0)
+        tl.store(parts + sequences * 2 + 1, tl.sum(count, 0))
+
+
 @triton.jit(do_not_specialize=["sequences", "programs", "at_once", "window", "sink_tokens"])
 def _shares_kernel(
     kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
-    BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
-    store_shares(
-        tl.program_id(0), kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
-        BS, SEQUENCES, FEWEST, HAS_WINDOW,
-    )  # fmt: skip
+    if SMALL > 1:
+        store_tiers(
+            tl.program_id(0), kv_lengths, shares, parts, sequences, at_once, window, sink_tokens,
+            BS, SEQUENCES, FEWEST, HAS_WINDOW, SMALL,
+        )  # fmt: skip
+    else:
+        store_shares(
+            tl.program_id(0), kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
+            BS, SEQUENCES, FEWEST, HAS_WINDOW,
+        )  # fmt: skip
 
 
 def empty_shares(sequences: int, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """``shares`` and ``parts`` for :func:`store_shares` to fill."""
     shares = torch.empty(programs, 4, dtype=torch.int32, device=device)
-    return shares, torch.empty(sequences, 2, dtype=torch.int32, device=device)
+    return shares, torch.empty(sequences + 1, 2, dtype=torch.int32, device=device)
 
 
 def share_blocks(
@@ -109,6 +175,7 @@ def share_blocks(
     fewest_blocks: int,
     window: int | None = None,
     sink_tokens: int = 0,
+    small: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Share the blocks of a batch among programs: shares and parts, int32.
 
@@ -119,12 +186,14 @@ def share_blocks(
         at_once, fewest_blocks: see :func:`store_shares`.
         window: sliding window in tokens, or None.
         sink_tokens: first tokens that are kept apart.
+        small: above 1, see :func:`store_tiers`, which ``programs`` must be enough for.
     """
     sequences = kv_lengths.shape[0]
     shares, parts = empty_shares(sequences, programs, kv_lengths.device)
     _shares_kernel[(sequences,)](
         kv_lengths, shares, parts, sequences, programs, at_once, window or 0, sink_tokens,
-        BS=block_size, SEQUENCES=padded(sequences), FEWEST=fewest_blocks, HAS_WINDOW=window is not None, num_warps=1,
+        BS=block_size, SEQUENCES=padded(sequences), FEWEST=fewest_blocks, HAS_WINDOW=window is not None,
+        SMALL=small, num_warps=1,
     )  # fmt: skip
     return shares, parts
 
@@ -167,3 +236,12 @@ def programs_for(
     best = max(map(filled, rounds))
     chosen = next(n for n in rounds if filled(n) >= 0.95 * best)
     return max(sequences, min(chosen * places // heads, most))
+
+
+def programs_of_tiers(sequences: int, at_once: int, small: int) -> int:
+    """Programs for each KV head that :func:`store_tiers` may take.
+
+    Large shares are ``at_once`` at most. Small ones have a quarter of all blocks, which are 4/3 of ``at_once`` large
+    ones, and what of each sequence is left beside large ones, less than a large one, rounded up.
+    """
+    return at_once + -(-at_once * small // 3) + sequences * (small + 1)
