@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux on x86-64")
 
+import torch
 import triton
 
 from kvquant.bench import compile_table
@@ -36,6 +37,28 @@ def test_one_process_compiles_for_each_architecture(rows):
 def test_alignment_is_what_a_launch_has(rows):
     # Without it no load is wide.
     assert rows[0]["loads_128_bit"] > 0
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_a_merge_in_place_stores_what_all_warps_have_loaded(architecture):
+    from kvquant.kernels.triton_kernels import prefill
+
+    T, Hq, D = 512, 32, 128
+    total, part = torch.empty(T, Hq, D), torch.empty(T, Hq, D, dtype=torch.bfloat16)
+    with compile_table.launches_compiled(architecture) as compiled:
+        prefill.fold(total, torch.empty(Hq, T), part, torch.empty(Hq, T), total)
+    ((name, kernel),) = compiled
+    assert name == "_fold_kernel"
+    # Log-sum-exps are single words; each layout that needs them loads them anew, and one warp stores them.
+    said = [
+        kind
+        for line in kernel.asm["ptx"].splitlines()
+        for kind in ("ld.global.b32", "bar.sync", "st.global.b32")
+        if kind in line
+    ]
+    store = said.index("st.global.b32")
+    assert said[:store].count("ld.global.b32") >= 2 and said[store - 1] == "bar.sync"
+    assert "ld.global.b32" not in said[store:]
 
 
 def test_nothing_is_left_behind(rows):

@@ -46,6 +46,8 @@ def _fold_kernel(
     shift = tl.where(best == -float("inf"), 0.0, best)
     old_weight, new_weight = tl.exp(old - shift), tl.exp(new - shift)
     weight = old_weight + new_weight
+    # Each warp loads the log-sum-exps of its own rows, one warp stores those of all: not before the others have theirs.
+    tl.debug_barrier()
     tl.store(total_lse + head * lse_stride + row, shift + tl.log(weight), mask=live)
     # What was never written is not read: it may be NaN.
     before = tl.load(total + at, mask=there & (old_weight > 0)[:, None], other=0.0)
