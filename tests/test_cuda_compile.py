@@ -216,7 +216,7 @@ def test_a_missing_compiler_is_said_once_and_triton_decodes(stored, on_gpu, monk
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("sequences", "columns", "chosen"), [(1, 16, False), (4, 250, False), (8, 250, True)]
+    ("sequences", "columns", "chosen"), [(1, 16, False), (8, 340, False), (8, 350, True)]
 )
 def test_it_is_chosen_where_warps_have_blocks(sequences, columns, chosen, stored, on_gpu) -> None:
     table = torch.empty(sequences, columns, dtype=torch.int32)

@@ -64,9 +64,24 @@ def cases_of(rows: Iterable[Row], operation: str) -> list[Case]:
     ]
 
 
-def values(cases: Iterable[Case], key: str, bits: Iterable[int] = WIDTHS) -> list[float]:
-    """Return a number of all cases at these widths, where there is one."""
-    return [case.by_bits[b][key] for case in cases for b in bits if key in case.by_bits.get(b, {})]
+def is_uneven(row: Row) -> bool:
+    """Say whether calls differed by more than half of their median: a host that was too slow, most often."""
+    return "high_us" in row and row["high_us"] - row["low_us"] > 0.5 * row["us"]
+
+
+def values(
+    cases: Iterable[Case], key: str, bits: Iterable[int] = WIDTHS, *, even: bool = False
+) -> list[float]:
+    """Return a number of all cases at these widths, where there is one.
+
+    Args:
+        cases: of one operation.
+        key: of a row.
+        bits: widths.
+        even: leave out what :func:`is_uneven`.
+    """
+    rows = (case.by_bits.get(b, {}) for case in cases for b in bits)
+    return [row[key] for row in rows if key in row and not (even and is_uneven(row))]
 
 
 def us_per_1k_tokens(row: Row) -> float | None:

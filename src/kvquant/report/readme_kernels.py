@@ -13,6 +13,7 @@ from kvquant.report.kernel_cases import (
     WIDTHS,
     Case,
     cases_of,
+    is_uneven,
     us_of_way,
     us_per_1k_tokens,
     values,
@@ -129,7 +130,7 @@ def _decode_cell(row: Mapping[str, Any]) -> str:
     if SPEEDUP not in row:
         return ""
     took = row.get("graph_us", row["us"])
-    uneven = "~" if row["high_us"] - row["low_us"] > 0.5 * row["us"] else ""
+    uneven = "~" if is_uneven(row) else ""
     return f"{took:,.0f} ({uneven}{row[SPEEDUP]:.2f}; {100 * row['copy_fraction']:.0f}%)"
 
 
@@ -151,22 +152,38 @@ def _said_of_decode(cases: Sequence[Case]) -> list[str]:
         "eight or more of fewer": [c for c in uniform if c.batch >= 8 and c.tokens < 32768],
         "one sequence": [c for c in uniform if c.batch == 1],
     }
-    told = [f"{_range(values(found, SPEEDUP))} for {words}" for words, found in groups.items() if found]
+    ranges = {words: values(found, SPEEDUP, even=True) for words, found in groups.items()}
+    told = [f"{_range(found)} for {words}" for words, found in ranges.items() if found]
     if not told:
         return []
-    line = f"Decode over equal lengths goes at these multiples of full precision's speed: {', '.join(told)}."
+    without = ", those left out that are marked ~" if any(map(is_uneven, _rows(uniform))) else ""
+    line = f"Decode over equal lengths goes at these multiples of full precision's speed{without}: {', '.join(told)}."
     first = groups[MANY]
-    if first and max(values(first, SPEEDUP)) < DECODE_AIM:
-        line += f" The aim for {MANY}, {DECODE_AIM:g} times, is met at no width."
+    if first:
+        line += f" The aim for {MANY}, {DECODE_AIM:g} times, is met {_met(first)}."
     copy = values(first, "copy_fraction")
     if copy and max(copy) < 0.5:
         line += (
             f" It moves its bytes at {_range([100 * share for share in copy], '.0f')}% of a copy's bandwidth even there: what "
-            "decoding codes and outliers takes in instructions, we think, weighs more than the bytes that they save."
+            "decoding codes and outliers takes in look-ups and instructions, we think, weighs more than the bytes that they save."
         )
-    dense = values(cases, "speedup_over_dequantize_then_attend")
+    dense = values(cases, "speedup_over_dequantize_then_attend", even=True)
     line += f" Dequantizing first takes {_range(dense, '.1f')} times as long." if dense else ""
     return [line]
+
+
+def _rows(cases: Sequence[Case]) -> list[Mapping[str, Any]]:
+    return [row for case in cases for row in case.by_bits.values()]
+
+
+def _met(cases: Sequence[Case]) -> str:
+    """Where decode is as fast as it was meant to be."""
+    found = []
+    for case in cases:
+        widths = [bits for bits in WIDTHS if case.by_bits.get(bits, {}).get(SPEEDUP, 0.0) >= DECODE_AIM]
+        if widths:
+            found.append(f"{case.shape}, {case.words()} (at {_listed(widths, 'd')} bits)")
+    return f"by {' and '.join(found)}, and by no other of them" if found else "at no width"
 
 
 def _said_of_ragged(cases: Sequence[Case]) -> list[str]:
