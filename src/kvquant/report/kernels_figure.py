@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvquant.report.kernel_cases import SPEEDUP, WIDTHS, cases_of
+from kvquant.report.kernel_cases import SPEEDUP, WIDTHS, cases_of, is_uneven
 from kvquant.report.style import COLOURS, CYCLE, figure
 from kvquant.results import load_result
 
@@ -38,6 +38,8 @@ def draw_kernels(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 def draw_decode(rows: Sequence[dict[str, Any]], path: Path, width_in: float) -> Path:
     """Draw how decode compares with full precision, a line for each case, ragged ones included; returns the path.
 
+    Hollow: calls differ by more than half of their median.
+
     Args:
         rows: as above, of one run or of several parts of a bench.
         path: where to save.
@@ -46,16 +48,18 @@ def draw_decode(rows: Sequence[dict[str, Any]], path: Path, width_in: float) -> 
     cases = cases_of(rows, "decode")
     with figure(path, width_in, 0.9 + 0.17 * len(cases)) as (axis,):
         for number, bits in enumerate(WIDTHS):
-            dots = [
-                (case.by_bits[bits][SPEEDUP], at + 0.2 * (number - 1))
+            measured = [
+                (row[SPEEDUP], at + 0.2 * (number - 1), is_uneven(row))
                 for at, case in enumerate(cases)
-                if SPEEDUP in case.by_bits.get(bits, {})
+                if SPEEDUP in (row := case.by_bits.get(bits, {}))
             ]
-            if dots:
-                marker = _MARKERS[number]
-                axis.plot(
-                    *zip(*dots, strict=True), marker, color=CYCLE[number], markersize=3, label=f"{bits} bits"
-                )
+            for uneven in (False, True):
+                dots = [(x, y) for x, y, differs in measured if differs == uneven]
+                look = {"fillstyle": "none", "markeredgewidth": 0.6} if uneven else {"label": f"{bits} bits"}
+                if dots:
+                    axis.plot(
+                        *zip(*dots, strict=True), _MARKERS[number], color=CYCLE[number], markersize=3, **look
+                    )
         axis.axvline(1.0, color=COLOURS["exact"], linewidth=0.8)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")

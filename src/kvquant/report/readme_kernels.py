@@ -65,7 +65,7 @@ def kernel_parts(kept: Mapping[str, Result], paper: Path, as_table: AsTable) -> 
         out += [
             f"Kernels on an {main['provenance']['device']} (code {code}; {names} in [paper/results.md](paper/results.md)): one "
             "token of each sequence attends to its history. Microseconds of a call in a CUDA graph; in brackets how many times as "
-            "fast as the fastest full-precision attention that PyTorch has there, both launched call by call (~: calls differ by more than half of "
+            "fast as the fastest full-precision attention that PyTorch has there, both launched call by call (~, and hollow in the figure: calls differ by more than half of "
             f"their median), and the share of a copy's bandwidth ({main['metrics']['copy_gb_per_s']:,.0f} GB/s).",
             as_table(
                 ["layer, sequences x tokens", "full precision, us", *HEADS],
