@@ -153,7 +153,9 @@ INLINE u32 high_twice(u32 a) { return (a >> 16) * 0x10001u; }
 INLINE u32 quarter_turn(u32 a) { return (a >> 16 | a << 16) ^ 0x80000000u; }
 INLINE float fast_exp2(float x) { return std::exp2(x); }
 INLINE float reciprocal(float x) { return 1.f / x; }
-INLINE int to_int(float x) { return (int)std::nearbyint(std::fmin(std::fmax(x, -2147483648.f), 2147483520.f)); }
+INLINE int to_int(float x) {
+  return std::isnan(x) ? 0 : (int)std::nearbyint(std::fmin(std::fmax(x, -2147483648.f), 2147483520.f));
+}
 INLINE float kept(u16 x) {
 #if BF16
   return as_float((u32)x << 16);
@@ -207,11 +209,6 @@ INLINE float shuffle_xor(int line, float x, int mask) {
   exchange(line, &word, 1, &got, 1, [mask](host::Meeting& at) { for (int i = 0; i < 32; i++) at.got[i][0] = at.given[i ^ mask][0]; });
   return as_float(got);
 }
-INLINE int shuffle(int line, int x, int from) {
-  u32 word = x, got;
-  exchange(line, &word, 1, &got, 1, [from](host::Meeting& at) { for (int i = 0; i < 32; i++) at.got[i][0] = at.given[from][0]; });
-  return got;
-}
 INLINE bool any_lane(int line, bool x) {
   u32 word = x, got;
   exchange(line, &word, 1, &got, 1, [](host::Meeting& at) {
@@ -231,7 +228,6 @@ INLINE float largest_word(int line, float x) {
   return as_float(got);
 }
 #define __shfl_xor_sync(lanes, x, mask) shuffle_xor(__LINE__, x, mask)
-#define __shfl_sync(lanes, x, from) shuffle(__LINE__, x, from)
 #define __any_sync(lanes, x) any_lane(__LINE__, x)
 #define largest_of_warp(x) largest_word(__LINE__, x)
 INLINE int atomicAdd(int* p, int x) { const int old = *p; *p += x; return old; }

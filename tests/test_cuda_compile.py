@@ -34,7 +34,7 @@ CONFIGURATIONS = {
     "3 bits": dataclasses.replace(PLAIN, key_bits=3, value_bits=3),
     "2 bits": dataclasses.replace(PLAIN, key_bits=2, value_bits=2),
     "mixed, fp16": dataclasses.replace(PLAIN, value_bits=2, is_bfloat16=False),
-    "narrow keys": dataclasses.replace(PLAIN, key_bits=3, key_base=166),
+    "narrow keys": dataclasses.replace(PLAIN, key_bits=3, key_base=168),
     "one head": dataclasses.replace(PLAIN, key_bits=3, value_bits=3, groups=1),
     "window and cap": dataclasses.replace(PLAIN, groups=8, has_window=True, has_softcap=True),
     "no outliers": dataclasses.replace(
@@ -68,7 +68,7 @@ def test_shared_memory_is_what_the_source_lays_out(configuration: Configuration,
     checks = f"""
         static_assert(W_BYTES == {chosen.warp_bytes}, "of a warp");
         static_assert({program} == {chosen.shared_bytes}, "of a program");
-        static_assert(W_BYTES % 32 == 0 && K_PLACES >= K_BASE + 32 && G <= GN && GN <= GP, "room");
+        static_assert(W_BYTES % 32 == 0 && W_SCORES % 32 == 0 && K_PLACES >= K_BASE + 32 && G <= GN && GN <= GP, "room");
     """
     # Without the kernel, which is what takes time to compile.
     declared = re.sub(r'extern "C" __global__.*?^}$', "", read_source(), flags=re.DOTALL | re.MULTILINE)
@@ -163,8 +163,8 @@ def test_what_the_kernel_is_not_for_is_said(stored: Any) -> None:
         "must be bf16 or fp16, got torch.bfloat16, torch.float16": {
             "layer": changed(layer, "values", zero=bfloat16)
         },
-        "in pairs, got 3 in": {
-            "layer": changed(layer, "keys", outlier_index=layer.keys.outlier_index[..., :3])
+        "by eights, got 6 in": {
+            "layer": changed(layer, "keys", outlier_index=layer.keys.outlier_index[..., :6])
         },
         "up to 32767, got 32768": {"layer": changed(layer, "values", outlier_index=many)},
         "it runs on a GPU": {},
@@ -223,6 +223,9 @@ def test_it_is_chosen_where_warps_have_blocks(sequences, columns, chosen, stored
     # Twelve warps on each of 132 multiprocessors, two KV heads.
     assert launch.is_chosen(on_gpu, table, stored.layer, stored.rope, 64) is chosen
     assert not launch.is_chosen(on_gpu, table, stored.layer, stored.rope, 32)
+    # A window of 340 blocks sees 341 at most.
+    assert launch.is_chosen(on_gpu, table, stored.layer, stored.rope, 64, 64 * 400) is chosen
+    assert not launch.is_chosen(on_gpu, table, stored.layer, stored.rope, 64, 64 * 340)
 
 
 @needs_nvrtc

@@ -34,7 +34,7 @@ class Configuration:
         value_bits: 2, 3 or 4.
         groups: query heads per KV head, up to 8.
         is_bfloat16: whether stored 16-bit numbers are bf16, else fp16.
-        key_base: outliers of keys in a block's own row, even.
+        key_base: outliers of keys in a block's own row, a multiple of eight.
         value_entries: outliers of values per token.
         has_window: whether a sliding window hides tokens.
         has_softcap: whether scores are capped.

@@ -1,7 +1,7 @@
 // Decode attention straight from packed blocks for Hopper: one query per sequence, its blocks shared among warps.
 //
 // The sums of triton_kernels/decode.py, laid out for what bounds them: instructions there, shared memory and what caches
-// instructions here (numbers: triton_kernels/attention.py). A warp takes a run of blocks (shares.py) of one (sequence, KV
+// instructions here (numbers: triton_kernels/attention.py and launch.py). A warp takes a run of blocks (shares.py) of one (sequence, KV
 // head) by itself: nothing waits for another warp, and what is done once per block is done by one warp. All warps of a
 // multiprocessor share tables, so that what two codes mean takes two instructions (look_up.cuh).
 //
@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       }
       largest = largest_of_warp(largest);
       const Block block = w.block_of(column);
-      Values<Arguments> values(a, w.s, block.id, block.range, min(end_slot, BS), lane, w.h, value_least);
+      Values<Arguments> values(a, w.s, block.id, block.range, min(end_slot, BS), first_slot, lane, w.h, value_least);
       const float difference = V_ENTRIES > 0 ? values.read() : 0.f;
       const bool higher = (most[0] - seen.best[0]) * unit > SLACK || (most[1] - seen.best[1]) * unit > SLACK;
       const bool outgrown = (head < GN && higher) || largest > seen.size;

@@ -20,7 +20,7 @@ struct Block {  // of a column of the block table
   u32 range;        // value outliers: first entry, the one behind the last << 15, whether the block is closed << 31
 };
 
-enum State { END, LENGTH, FIRST_VISIBLE, PART, SCORE_UNIT, INVERSE_SIZE, HEAP_MOST, HEAP_FACTOR, NEXT, WORKERS };
+enum State { END, LENGTH, FIRST_VISIBLE, PART, SCORE_UNIT, INVERSE_SIZE, HEAP_MOST, HEAP_FACTOR, NEXT };
 
 // A warp's work, a head of a sequence.
 struct Work {

@@ -82,8 +82,8 @@ def cuda_decode_refusal(
     kinds = {x.dtype for x in stored}
     if len(kinds) > 1 or kinds.isdisjoint((torch.bfloat16, torch.float16)):
         return f"what is stored beside codes must be bf16 or fp16, got {', '.join(sorted(map(str, kinds)))}"
-    if keys.outlier_index.shape[-1] % 2:
-        return f"it reads outliers of keys in pairs, got {keys.outlier_index.shape[-1]} in a block's own row"
+    if keys.outlier_index.shape[-1] % 8:
+        return f"it reads outliers of keys by eights, got {keys.outlier_index.shape[-1]} in a block's own row"
     if BLOCK_SIZE * values.outlier_index.shape[-1] >= 1 << 15:
         entries = BLOCK_SIZE * values.outlier_index.shape[-1]
         return f"it counts outliers of a block's values up to {(1 << 15) - 1}, got {entries}"
@@ -101,17 +101,21 @@ def is_chosen(
     layer: Callable[[Tensor], tuple[Tensor, Tensor]],
     rope: Rope | None,
     block_size: int,
+    window: int | None = None,
 ) -> bool:
     """Whether a decode call is this kernel's: it is for it, and there may be blocks enough to keep its warps busy.
 
-    How many there are only the device knows; what is looked at is the size of the block table, [B, M].
+    How many there are only the device knows; what is looked at is the size of the block table, [B, M], and how many
+    blocks a window reaches over.
     """
     if cuda_decode_refusal(query, layer, rope, block_size) is not None:
         return False
     assert isinstance(layer, StoredLayer) and isinstance(layer.keys, KeyStore)
     configuration = _fitted(query, layer)
     assert configuration is not None, "see _device_refusal"
-    blocks = block_table.numel() * layer.keys.codes.shape[1]
+    B, M = block_table.shape
+    seen = M if window is None else min(M, -(-window // block_size) + 1)
+    blocks = B * seen * layer.keys.codes.shape[1]
     return blocks >= _FEWEST_FOR_A_WARP * places_of(configuration.warps, query.device)
 
 

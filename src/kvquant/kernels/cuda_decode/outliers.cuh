@@ -56,7 +56,7 @@ INLINE void add_keys(const Shared& s, const u32* number, const float* value, con
 template <class Arguments>
 INLINE void add_keys_of_block(const Arguments& a, const Shared& s, int lane, int count, int chunk, float inverse_size,
                               float unit) {
-  const u32 at = s.mine + W_KEYS + lane * 2;
+  const u32 at = s.mine + W_KEYS + lane * 2;  // the last lanes may look behind the entries, and are not live
   const int near = min(count, K_BASE + 32);
   u32 number[3];
   float value[3];
@@ -100,18 +100,19 @@ INLINE void add_value(u32 mine, u32 token, u32 channel, float scaled, bool live)
 }
 
 // Entries of a block's values. A closed block lists each head's together, of which the first V_PLACES lie in shared
-// memory; an open one all heads', token by token, V_ENTRIES each, numbered by channel of the layer.
+// memory; an open one all heads', token by token, V_ENTRIES each, numbered by channel of the layer. What tokens before
+// ``hidden`` left there may be any number: they count for nothing, or they would be what the others are scaled by.
 template <class Arguments> struct Values {
   const Arguments& a;
   const Shared& s;
   u64 entries;
-  int from, first, to, rest, lane, h;
+  int from, first, to, rest, lane, h, hidden;
   float least;  // the first centroid
   bool closed;
   float difference[4];
 
-  INLINE Values(const Arguments& a, const Shared& s, u32 id, u32 range, int stored, int lane, int h, float least)
-      : a(a), s(s), lane(lane), h(h), least(least) {
+  INLINE Values(const Arguments& a, const Shared& s, u32 id, u32 range, int stored, int hidden, int lane, int h, float least)
+      : a(a), s(s), lane(lane), h(h), hidden(hidden), least(least) {
     closed = range >> 31;
     first = range & 0x7fff;
     entries = (u64)id * (BS * V_ENTRIES);
@@ -124,7 +125,8 @@ template <class Arguments> struct Values {
     const u32 number = a.value_index[entries + e];
     token = closed ? number >> 7 & 63 : e / (V_ENTRIES > 0 ? V_ENTRIES : 1);
     channel = closed ? number & 127 : number - h * D;
-    return channel < D ? value_difference(s.mine, kept(a.value_value[entries + e]), token, least) : 0.f;
+    const bool counts = channel < D && (int)token >= hidden;
+    return counts ? value_difference(s.mine, kept(a.value_value[entries + e]), token, least) : 0.f;
   }
   // The largest difference that this lane has.
   INLINE float read() {
@@ -132,7 +134,9 @@ template <class Arguments> struct Values {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const u32 at = s.mine + W_VALUES + (lane + 32 * i) * 2;
-      difference[i] = value_difference(s.mine, kept(load_half(at + 2 * V_PLACES)), load_half(at) >> 7 & 63, least);
+      const u32 token = load_half(at) >> 7 & 63;
+      difference[i] = value_difference(s.mine, kept(load_half(at + 2 * V_PLACES)), token, least);
+      if ((int)token < hidden) difference[i] = 0.f;
       if (near(i)) largest = fmaxf(largest, fabsf(difference[i]));
     }
     for (int e = rest + lane; e < to; e += 32) {
@@ -158,7 +162,7 @@ template <class Arguments> struct Values {
 
 // Sums of differences of values in fixed point, until they are moved to where the others are. No difference is larger
 // than ``most``; ``factor`` makes whole numbers of a difference times a weight. Weights are up to 2^14, so that one addend
-// is up to 2^19, and 16 blocks of 64 tokens fit.
+// is up to 2^20, and 16 blocks of 64 tokens fit.
 struct Heap {
   float most, factor;
   INLINE void fit(float largest) {

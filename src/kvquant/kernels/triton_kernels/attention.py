@@ -58,7 +58,7 @@ def attend(
     tile by tile, and of prompts that is said.
     """
     if max(step.lengths) == 1:
-        in_cuda = cuda_decode.is_chosen(query, step.block_table, read_tile, rope, block_size)
+        in_cuda = cuda_decode.is_chosen(query, step.block_table, read_tile, rope, block_size, window)
         in_triton = ((decode_refusal, attend_decode), (exact_refusal, attend_exact_decode))
         ways = [way for refusal, way in in_triton if refusal(query, read_tile, rope, block_size) is None]
         for decode_with in (*([cuda_decode.attend_cuda_decode] if in_cuda else []), *ways[:1]):

@@ -145,7 +145,7 @@ def merge_parts(
     Args:
         query: [B, Hq, D]; its shape and dtype are looked at.
         found: see :func:`empty_parts`; of ``programs`` rows, and of B more where there are sinks.
-        parts: int32 [B, 2], see shares.py.
+        parts: int32 [B + 1, 2], see shares.py.
         programs: rows of ``found`` that are of programs.
         of_sinks: what :func:`attend_sinks` gave, written behind them; None: there are none.
     """

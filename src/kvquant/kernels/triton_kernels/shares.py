@@ -108,8 +108,8 @@ def store_tiers(
     b, kv_lengths, shares, parts, sequences, at_once, window, sink_tokens,
     BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
-    """Write shares as :func:`store_shares` does, for programs that take the next one as they end: first ``at_once``
-    large ones that hold three quarters of all blocks, then the rest in shares a SMALL-th of these, which end evenly.
+    """Write shares as :func:`store_shares` does, for programs that take the next one as they end: first up to
+    ``at_once`` large ones that hold up to three quarters of all blocks, then the rest in shares a SMALL-th of these, which end evenly.
 
     It takes at most :func:`programs_of_tiers` programs. Where small shares would have less than FEWEST blocks, there is
     one large one for each of ``at_once`` and what it leaves of a sequence.
@@ -241,7 +241,8 @@ def programs_for(
 def programs_of_tiers(sequences: int, at_once: int, small: int) -> int:
     """Programs for each KV head that :func:`store_tiers` may take.
 
-    Large shares are ``at_once`` at most. Small ones have a quarter of all blocks, which are 4/3 of ``at_once`` large
-    ones, and what of each sequence is left beside large ones, less than a large one, rounded up.
+    Large shares are ``at_once`` at most, beside small ones. Those have a quarter of all blocks, which are 4/3 of
+    ``at_once`` large ones, and what of each sequence is left beside large ones, less than a large one, rounded up.
+    Of one size, there are ``at_once`` shares and one more for each sequence at most.
     """
     return at_once + -(-at_once * small // 3) + sequences * (small + 1)
