@@ -105,6 +105,10 @@ def test_readme_claims_nothing_that_its_runs_do_not_say(tmp_path: Path) -> None:
     slow = bench(attention(8, 32768, 4, 0.9), attention(8, 32768, 3, 0.1) | {"high_us": 1e4, "low_us": 1.0})
     text = parts_of({"kernels": slow}, tmp_path)
     assert "(~0.10;" in text and "marked ~: 0.90 for eight or more" in text and "met at no width" in text
+    blurred = bench(
+        attention(8, 32768, 4, 1.6) | {"high_us": 1e4, "low_us": 1.0}, attention(8, 32768, 3, 1.4)
+    )
+    assert "met at no width" in parts_of({"kernels": blurred}, tmp_path)
     assert (
         "png" not in text and "ragged" not in text and "Quantizing" not in text and "prompts of" not in text
     )

@@ -161,7 +161,7 @@ def _said_of_decode(cases: Sequence[Case]) -> list[str]:
     first = groups[MANY]
     if first:
         line += f" The aim for {MANY}, {DECODE_AIM:g} times, is met {_met(first)}."
-    copy = values(first, "copy_fraction")
+    copy = values(first, "copy_fraction", even=True)
     if copy and max(copy) < 0.5:
         line += (
             f" It moves its bytes at {_range([100 * share for share in copy], '.0f')}% of a copy's bandwidth even there: what "
@@ -180,7 +180,8 @@ def _met(cases: Sequence[Case]) -> str:
     """Where decode is as fast as it was meant to be."""
     found = []
     for case in cases:
-        widths = [bits for bits in WIDTHS if case.by_bits.get(bits, {}).get(SPEEDUP, 0.0) >= DECODE_AIM]
+        reached = {bits: values([case], SPEEDUP, [bits], even=True) for bits in WIDTHS}
+        widths = [bits for bits, speedups in reached.items() if speedups and speedups[0] >= DECODE_AIM]
         if widths:
             found.append(f"{case.shape}, {case.words()} (at {_listed(widths, 'd')} bits)")
     return f"by {' and '.join(found)}, and by no other of them" if found else "at no width"

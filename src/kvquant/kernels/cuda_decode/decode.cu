@@ -1,9 +1,9 @@
 // Decode attention straight from packed blocks for Hopper: one query per sequence, its blocks shared among warps.
 //
 // The sums of triton_kernels/decode.py, laid out for what bounds them: instructions there, shared memory and what caches
-// instructions here (numbers: triton_kernels/attention.py and launch.py). A warp takes a run of blocks (shares.py) of one (sequence, KV
-// head) by itself: nothing waits for another warp, and what is done once per block is done by one warp. All warps of a
-// multiprocessor share tables, so that what two codes mean takes two instructions (look_up.cuh).
+// instructions here (numbers: triton_kernels/attention.py and launch.py). A warp takes a run of blocks (shares.py) of one
+// (sequence, KV head) by itself: nothing waits for another warp, and what is done once per block is done by one warp. All
+// warps of a multiprocessor share tables, so that what two codes mean takes two instructions (look_up.cuh).
 //
 // Weights are relative to a largest score that may be exceeded by 2^SLACK before sums are scaled anew, which is rare then.
 // A value's range belongs to its token and goes into the weight.
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       int next = 0;  // who is done takes what is left
       if (lane == 0 && column + 1 == w.number(END)) next = atomicAdd(a.taken, 1);
 
-      // -- scores: row q (+ 8) of tile m is token 8q + 2m (+ 1), columns 2r and 2r + 1 are heads ------------------
+      // -- scores: row q (+ 8) of tile m is token 8q + 2m (+ 1), columns 2r and 2r + 1 are `head` and the next ----
       wait_for_older_copies();  // of keys
       if (K_BASE > 0) {
         const Block block = w.block_of(column);

@@ -65,10 +65,11 @@ INLINE void add_values(float (*sums)[4], const Work& w, const Table<VB>& table, 
 #endif
 }
 
-// What a warp has seen: for heads 2r and 2r + 1, in all lanes q of these, and sums of tiles of channels.
+// What a warp has seen, of columns 2r and 2r + 1: in all lanes q alike what is largest, of a lane's own tokens totals, and
+// sums of tiles of channels. Where columns hold heads twice (SPLIT), each has half of the tokens, until a part is stored.
 struct Seen {
   float best[2] = {-INFINITE, -INFINITE};  // in units of a score
-  float total[2] = {0.f, 0.f}, zeros[2] = {0.f, 0.f};  // of this lane's tokens
+  float total[2] = {0.f, 0.f}, zeros[2] = {0.f, 0.f};
   float size = 0x1p-60f;  // of ranges of values: sums are relative to it
   float sums[8][4];
   INLINE Seen() {
@@ -93,7 +94,7 @@ struct Seen {
   }
 };
 
-INLINE void store_part(const Arguments& a, const Work& w, Seen& seen, int program, float unit) {
+INLINE void store_part(const Arguments& a, const Work& w, Seen& seen, int part, float unit) {
 #pragma unroll
   for (int x = SPLIT ? 2 : 4; x < 32; x *= 2)
 #pragma unroll
@@ -108,7 +109,7 @@ INLINE void store_part(const Arguments& a, const Work& w, Seen& seen, int progra
   for (int y = 0; y < 2; y++) {
     const int g = 2 * w.r + y;
     if (g >= G) continue;
-    const u64 at = ((u64)program * a.H + w.h) * GP + g;
+    const u64 at = ((u64)part * a.H + w.h) * GP + g;
     if (w.q == 0) {
       a.part_best[at] = seen.best[y] * unit;
       a.part_total[at] = seen.total[y] * 0x1p-10f;
