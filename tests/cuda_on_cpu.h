@@ -104,6 +104,12 @@ inline void wait(int left) {  // until so many groups that were closed may still
   }
 }
 
+inline void arrive() {  // all groups, and the one that is open
+  for (auto& group : machine.current->groups)
+    if (machine.late) land(group);
+  machine.current->groups.clear();
+}
+
 template <class T> T& at(u32 address) {
   if (address % sizeof(T) || address + sizeof(T) > sizeof machine.shared) fail("an address that is not there");
   return *reinterpret_cast<T*>(machine.shared + address);
@@ -189,12 +195,18 @@ INLINE void copies_end() {
   if (groups.empty()) groups.emplace_back();
   groups.emplace_back();
 }
+INLINE void put4(float* to, float a, float b, float c, float d) {
+  if ((uintptr_t)to % 16) host::fail("put4");
+  to[0] = a; to[1] = b; to[2] = c; to[3] = d;
+}
 INLINE uint4 stream(const void* p) { uint4 r; std::memcpy(&r, p, 16); return r; }
 
 #define __syncwarp() host::meet(host::warp(), 32, __LINE__, [] {})
 #define __syncthreads() host::meet(host::machine.all, 32 * WARPS, __LINE__, [] {})
 #define wait_for_older_copies() (host::wait(1), __syncwarp())
-#define wait_for_copies() host::wait(0)
+#define wait_for_copies() host::arrive()
+#define copies_arrive() (host::arrive(), __syncwarp())
+#define wait_for_kernel_before()
 
 // Every lane gives words and gets some that ``together`` makes of all lanes' words.
 template <class F> INLINE void exchange(int line, const u32* given, int n, u32* got, int m, F together) {

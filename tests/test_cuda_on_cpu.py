@@ -49,8 +49,8 @@ MUTATIONS = {
     "keys are not waited for": ("      wait_for_older_copies();  // of keys\n", ""),
     "values are not waited for": ("      wait_for_older_copies();  // of values\n", ""),
     "blocks are read before they are described": (
-        "    __syncwarp();\n  }\n  INLINE Block block_of",
-        "  }\n  INLINE Block block_of",
+        "      if (left == 1) copies_arrive();\n",
+        "",
     ),
     "a score's outliers are lost": (
         "s[2 * j + (i >> 1)][2 * (i & 1) + x] += (float)(int)word[i] * back",

@@ -49,7 +49,7 @@ TIERS = {
     "a window": Case((9, 40000, 11000, 700), 1 << 10, window=10000, at_once=10),
     "nothing stored beside": Case((0, 13000, 0), 1 << 10, at_once=5),
 }
-SMALL = 6
+SIZES = ((12, 1), (2, 3), (2, 6))  # of a large one, a third and a sixth
 
 
 def check_tiers(case: Case, device: str) -> None:
@@ -58,11 +58,11 @@ def check_tiers(case: Case, device: str) -> None:
     lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
     made = share_blocks(
         lengths, case.programs, case.block_size, at_once=case.at_once, fewest_blocks=FEWEST_BLOCKS,
-        window=case.window, sink_tokens=case.sink_tokens, small=SMALL,
+        window=case.window, sink_tokens=case.sink_tokens, tiers=SIZES,
     )  # fmt: skip
     shares, parts = (x.tolist() for x in made)
     zero, used = parts.pop()
-    assert zero == 0 and used <= programs_of_tiers(len(case.lengths), case.at_once, SMALL)
+    assert zero == 0 and used <= programs_of_tiers(len(case.lengths), case.at_once, SIZES)
     by_part = {row[3]: row for row in shares[:used]}
     assert sorted(by_part) == list(range(used))
     every = 0
@@ -74,16 +74,18 @@ def check_tiers(case: Case, device: str) -> None:
         assert found == list(range(seen, -(-length // case.block_size)))
         every += len(found)
     sizes = [end - begin for _, begin, end, _ in shares[:used]]
-    large = -(-3 * every // (4 * case.at_once))
-    small = -(-large // SMALL)
-    if small < FEWEST_BLOCKS:
-        large = small = -(-every // case.at_once)
-    larges = sizes.count(large) if small < large else used
-    assert larges <= case.at_once or small == large
-    assert sizes[:larges] == [large] * larges or small == large
-    assert max(sizes[larges:], default=0) <= small and max(sizes, default=0) <= large
-    # Small ones have a quarter of all blocks, and less than a large one of each sequence beside.
-    assert small == large or sum(sizes[larges:]) <= every / 4 + len(case.lengths) * large
+    large = max(1, -(-12 * every // (16 * case.at_once)))
+    allowed = [min(large, max(-(-large // smaller), FEWEST_BLOCKS)) for _, smaller in SIZES]
+    # In the order in which they are taken, each size is one of these, but for the last share of a sequence.
+    assert sizes[: sizes.count(large)] == [large] * sizes.count(large) or allowed[0] == allowed[-1]
+    rests = [size for size in sizes if size not in allowed]
+    assert len(rests) <= len(case.lengths) and all(size < allowed[-1] for size in rests)
+    assert [size for size in sizes if size in allowed] == sorted((s for s in sizes if s in allowed), reverse=True)
+    assert allowed[0] == allowed[-1] or sizes.count(large) <= case.at_once
+    # Tiers have what they are for, less than a share of each sequence beside.
+    for (sixteenths, _), size in zip(SIZES[:-1], allowed[:-1], strict=True):
+        if allowed.count(size) == 1:
+            assert abs(sizes.count(size) * size - every * sixteenths / 16) <= len(case.lengths) * (size + 1)
 
 
 def check(case: Case, device: str) -> None:

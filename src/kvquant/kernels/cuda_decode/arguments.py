@@ -6,7 +6,7 @@ import ctypes
 
 POINTERS = (
     # Made before the kernel (kvquant.kernels.triton_kernels.prepare)
-    "q_words", "affine", "unit", "bases", "angles", "slow", "shares",
+    "heads", "unit", "bases", "angles", "slow", "shares",
     # Of the call
     "block_table", "kv_lengths",
     # Keys

@@ -65,16 +65,16 @@ class Configuration:
     def warp_bytes(self) -> int:
         """Shared memory of a warp alone (W_BYTES)."""
         GN = self.padded_groups
-        values = BLOCK_SIZE * 16 * self.value_bits + (4 * _GAP if self.value_bits < 4 else 0)
+        values = BLOCK_SIZE * 16 * self.value_bits + 4 * _GAP
         bases_and_ranges = (256 if self.is_bfloat16 else 512) + 256
-        entries = 2 * 2 * self.key_places + 2 * 2 * 128
+        entries = 2 * 2 * self.key_places + 2 * 2 * (128 if self.key_bits == 2 else 176)
         last = GN - 1
         scores = last % 2 * 68 + last // 2 * 144 + (last // 2 * 8 + last // 2 % 2 * 12 if GN > 4 else 0) + 68
         scores_and_sums = (scores + GN * _OUT_ROW) * 4
         queries = _up(values + bases_and_ranges + entries + scores_and_sums, 32) + _QUERY_ROW * GN
         keys = BLOCK_SIZE * 16 * self.key_bits + 7 * _GAP if self.key_bits < 4 else 0
-        state = 64
-        return _up(queries + 4 * 256 + state + keys, 32)
+        firsts, state = 64, 64
+        return _up(queries + 4 * 256 + firsts + state + keys, 32)
 
     @property
     def shared_bytes(self) -> int:

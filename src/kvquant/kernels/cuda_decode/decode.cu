@@ -26,54 +26,68 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
   w.s = shared_of((u32)__cvta_generic_to_shared(memory), warp);
   const u32 mine = w.s.mine;
   const int half = r >> 1, head = 2 * (SPLIT ? r & 1 : r), first_token = 8 * q + (SPLIT ? 4 * half : 0);
-  const int workers = a.taken[1] * a.H;
-  int worker = warp * gridDim.x + blockIdx.x;
-  const bool slow = BF16 && KB < 4 && a.slow[32] != 0;  // fp16 would lose by it
-  const float key_least = low_of(half_pair(a.key_centroids[0], 0.f));
   const float value_least = low_of(half_pair(a.value_centroids[0], 0.f));
   for (int i = lane * 4; i < W_BYTES; i += 128) store(mine + i, 0);
   __syncwarp();
-  if (lane == 0 && worker < workers) copy16(mine + W_SHARE, a.shares + worker / a.H * 4);
-  fill_tables(w.s, a.key_centroids, a.value_centroids, a.angles, a.slow);
+  wait_for_kernel_before();
+  const bool slow = BF16 && KB < 4 && a.slow[32] != 0;  // fp16 would lose by it
+
+  // Tables are filled while the first share's keys are found: it, its blocks, what they are.
+  constexpr int PART_OF_TABLE = TABLE_BYTES / 16 / 3 + 1;
+  int place = 0;  // of sixteen, where a block's description is
+#pragma unroll 1
+  for (int step = 0; step < 3; step++) {
+    if (step == 0 && lane == 0) w.ask_share(a, warp * gridDim.x + blockIdx.x);
+    if (step == 1) ask_angles(w.s, a.angles, a.slow);
+    if (step > 0 && w.number(NEXT_HEAD) >= 0) {
+      if (step == 1) {
+        w.ask_numbers(a, place, 0, true);
+        w.ask_head(a);
+      } else {
+        w.ask_description(a, place, 0, true);
+      }
+    }
+    fill_table(a.key_centroids, a.value_centroids, step * PART_OF_TABLE, min((step + 1) * PART_OF_TABLE, TABLE_BYTES / 16));
+    copies_arrive();
+  }
+  KeyCodes codes;
+  if (w.number(NEXT_HEAD) >= 0) {
+    ask_keys(a, w, codes, w.next_begin(), w.number(NEXT_HEAD), w.block_at(place));
+    copies_end();
+    ask_values(a, w, w.number(NEXT_HEAD), w.block_at(place));
+    copies_end();
+  }
+  fill_lists(w.s);
   __syncthreads();
 
-  while (worker < workers) {
-    u32 share[4];
-    load4(share, mine + W_SHARE);
-    const int b = share[0], begin = share[1], end = share[2];
-    w.h = (worker + worker / a.H) % a.H;  // heads differ in outliers: each multiprocessor gets some of all
-    w.bh = b * a.H + w.h;
-    // All that depends on nothing else is asked for before anything is waited for.
-    const u32 id = w.id_of(a, begin, end);
-    const int length = a.kv_lengths[b];
-    const float score_unit = a.unit[w.bh * 2], inverse_size = a.unit[w.bh * 2 + 1];
-    const Queries queries(a, w);
-    __syncwarp();
-    w.keep(END, end);
-    w.keep(LENGTH, length);
-    w.keep(FIRST_VISIBLE, HAS_WINDOW ? max(a.sink_tokens, length - a.window) : a.sink_tokens);
-    w.keep(PART, share[3]);
-    w.keep(SCORE_UNIT, as_word(score_unit));
-    w.keep(INVERSE_SIZE, as_word(inverse_size));
-    w.keep(HEAP_MOST, 0);
-    w.keep(HEAP_FACTOR, as_word(1.f));
-    w.describe(a, begin, end, id);
-    KeyCodes codes;
-    ask_keys(a, w, codes, begin, w.block_of(begin));
-    copies_end();
-    ask_values(a, w, w.block_of(begin));
-    copies_end();
-    queries.keep(w, key_least);
+  while (w.number(NEXT_HEAD) >= 0) {
+    int column = w.take_next(), known = 0;  // of what comes after these eight blocks: its share, numbers, descriptions
     Seen seen;
-    for (int column = begin; column < w.number(END); column++) {
+    for (; column < w.number(END); column++) {
+      const int end = w.number(END), left = min(8 - (place & 7), end - column);
+      const bool share_ends = column + left == end;
       int next = 0;  // who is done takes what is left
-      if (lane == 0 && column + 1 == w.number(END)) next = atomicAdd(a.taken, 1);
+      if (lane == 0 && left <= 2 && known == 0 && share_ends) next = atomicAdd(a.taken, 1);
 
       // -- scores: row q (+ 8) of tile m is token 8q + 2m (+ 1), columns 2r and 2r + 1 are `head` and the next ----
       wait_for_older_copies();  // of keys
       if (K_BASE > 0) {
-        const Block block = w.block_of(column);
+        const Block block = w.block_at(place);
         add_keys_of_block(a, w.s, lane, block.count, block.head, w.real(INVERSE_SIZE), w.real(SCORE_UNIT) * SCORE_FRACTION);
+      }
+      if (left <= 2) {
+        if (known == 0 && share_ends && lane == 0) w.ask_share(a, next + gridDim.x * WARPS);
+        known = max(known, 1);
+        if (left == 1)
+          for (; known < 3; known++) {
+            copies_arrive();
+            if (share_ends && w.number(NEXT_HEAD) < 0) break;
+            if (known == 1)
+              w.ask_numbers(a, place & 8 ^ 8, column + 1, share_ends);
+            else
+              w.ask_description(a, place & 8 ^ 8, column + 1, share_ends);
+          }
+        copies_end();
       }
       float all[4][4] = {};
       const Table<KB> k_table(w.s, lane, 0);
@@ -83,20 +97,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       else
         add_all_scores<false>(all, w, k_table, codes);
       __syncwarp();
-      if (column + 1 < w.number(END)) {
-        if (((column + 1) & 7) == 0) {
-          const int end = w.number(END);
-          w.describe(a, column + 1, end, w.id_of(a, column + 1, end));
-        }
-        ask_keys(a, w, codes, column + 1, w.block_of(column + 1));
-      } else if (lane == 0) {
-        next += gridDim.x * WARPS;
-        w.keep(NEXT, next);
-        if (next < workers) copy16(mine + W_SHARE, a.shares + next / a.H * 4);
+      const int place_after = left > 1 ? place + 1 : place & 8 ^ 8;
+      if (left == 1) copies_arrive();
+      int column_after = column + 1, head_after = w.h;
+      if (column_after == end) {
+        column_after = w.next_begin();
+        head_after = w.number(NEXT_HEAD);
+        if (head_after >= 0) w.ask_head(a);
       }
+      if (head_after >= 0) ask_keys(a, w, codes, column_after, head_after, w.block_at(place_after));
       copies_end();
       const float score_unit = w.real(SCORE_UNIT), unit = HAS_SOFTCAP ? 1.f : score_unit;
-      const int first_slot = w.number(FIRST_VISIBLE) - column * BS, end_slot = w.number(LENGTH) - column * BS;
+      const int length = w.number(LENGTH), first_visible = HAS_WINDOW ? max(a.sink_tokens, length - a.window) : a.sink_tokens;
+      const int first_slot = first_visible - column * BS, end_slot = length - column * BS;
       const bool whole = first_slot <= 0 && end_slot >= BS;
       float s[TILES][4];  // of this lane's tokens: eight that follow one another, or four
 #pragma unroll
@@ -135,11 +148,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       float most[2] = {-INFINITE, -INFINITE};
 #pragma unroll
       for (int i = 0; i < 4 * TILES; i++) most[i & 1] = fmaxf(most[i & 1], s[i >> 2][i & 3]);
-#pragma unroll
-      for (int x = SPLIT ? 2 : 4; x < 32; x *= 2) {
-        most[0] = fmaxf(most[0], __shfl_xor_sync(ALL_LANES, most[0], x));
-        most[1] = fmaxf(most[1], __shfl_xor_sync(ALL_LANES, most[1], x));
-      }
       wait_for_older_copies();  // of values
       if (!whole) {             // what no token has written is not looked at
         for (int t = lane; t < BS; t += 32)
@@ -164,9 +172,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
         zero[i] = kept((u16)(shifts[i >> 1] >> 16 * (i & 1)));
         largest = fmaxf(largest, scale[i]);
       }
-      largest = largest_of_warp(largest);
-      const Block block = w.block_of(column);
-      Values<Arguments> values(a, w.s, block.id, block.range, min(end_slot, BS), first_slot, lane, w.h, value_least);
+      const Block block = w.block_at(place);
+      Values<Arguments> values(a, w.s, block.id, block.first, block.last, min(end_slot, BS), first_slot, lane, w.h, value_least);
       const float difference = V_ENTRIES > 0 ? values.read() : 0.f;
       const bool higher = (most[0] - seen.best[0]) * unit > SLACK || (most[1] - seen.best[1]) * unit > SLACK;
       const bool outgrown = (head < GN && higher) || largest > seen.size;
@@ -174,12 +181,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       if (__any_sync(ALL_LANES, outgrown || heap_is_full)) {
         if (V_ENTRIES > 0) {
           Heap heap = {w.real(HEAP_MOST), w.real(HEAP_FACTOR)};
-          heap.move(seen.sums, mine, seen.size, lane);
+          if (heap.most > 0.f) heap.move(seen.sums, mine, seen.size, lane);
           heap.fit(difference);
           w.keep(HEAP_MOST, as_word(heap.most));
           w.keep(HEAP_FACTOR, as_word(heap.factor));
           __syncwarp();
         }
+#pragma unroll
+        for (int x = SPLIT ? 2 : 4; x < 32; x *= 2) {
+          most[0] = fmaxf(most[0], __shfl_xor_sync(ALL_LANES, most[0], x));
+          most[1] = fmaxf(most[1], __shfl_xor_sync(ALL_LANES, most[1], x));
+        }
+        largest = largest_of_warp(largest);
         seen.scale_anew(most, largest, unit);
       }
       const float inverse = reciprocal(seen.size);
@@ -225,15 +238,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
         values.add(w.real(HEAP_FACTOR));
       }
       __syncwarp();
-      for (int i = lane * 16; i < SCORE_WORDS * 4; i += 512) store4(mine + W_SCORES + i, 0, 0, 0, 0);
-      if (column + 1 < w.number(END)) ask_values(a, w, w.block_of(column + 1));
+#pragma unroll
+      for (int i = 0; i < SCORE_WORDS * 4; i += 512)
+        if (i + lane * 16 < SCORE_WORDS * 4) store4(mine + W_SCORES + i + lane * 16, 0, 0, 0, 0);
+      if (left == 2 && !(share_ends && w.number(NEXT_HEAD) < 0)) {
+        w.ask_numbers(a, place & 8 ^ 8, column + 2, share_ends);
+        known = 2;
+      }
+      const int h_after = column + 1 < end ? w.h : w.number(NEXT_HEAD);
+      if (h_after >= 0) ask_values(a, w, h_after, w.block_at(place_after));
       copies_end();
+      place = place_after;
+      if (left == 1) known = 0;
       __syncwarp();
     }
-    if (V_ENTRIES > 0) Heap{0.f, w.real(HEAP_FACTOR)}.move(seen.sums, mine, seen.size, lane);
-    store_part(a, w, seen, w.number(PART), HAS_SOFTCAP ? 1.f : w.real(SCORE_UNIT));
-    wait_for_copies();
+    const float heap = V_ENTRIES > 0 ? reciprocal(w.real(HEAP_FACTOR)) : 0.f;
+    store_part(a, w, seen, w.number(PART), HAS_SOFTCAP ? 1.f : w.real(SCORE_UNIT), heap);
     __syncwarp();
-    worker = w.number(NEXT);
   }
 }

@@ -13,7 +13,26 @@ from collections.abc import Iterator
 import torch
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute; its value is a union of 64 bytes, of which this attribute has an int."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"{of}_{axis}", ctypes.c_uint) for of in ("grid", "threads") for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
 
 
 class CudaDriverError(RuntimeError):
@@ -101,6 +120,8 @@ def launch(
 ) -> None:
     """Launch a kernel of one argument, a struct, on PyTorch's current stream of a device.
 
+    It may start before the kernel in front of it has ended, and must wait by itself (``griddepcontrol.wait``).
+
     Args:
         kernel: see :func:`load_kernel`.
         arguments: read before this returns.
@@ -109,10 +130,9 @@ def launch(
         shared_bytes: dynamic shared memory of each.
         device: index.
     """
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    stream = torch.cuda.current_stream(device).cuda_stream
     addresses = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    early = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+    configuration = _LaunchConfig(grid, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.pointer(early), 1)
     with _on(device):
-        _call(
-            "cuLaunchKernel", ctypes.c_void_p(kernel), grid, 1, 1, threads, 1, 1, shared_bytes, stream,
-            addresses, None,
-        )  # fmt: skip
+        _call("cuLaunchKernelEx", ctypes.byref(configuration), ctypes.c_void_p(kernel), addresses, None)

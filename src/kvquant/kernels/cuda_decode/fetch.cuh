@@ -3,7 +3,7 @@
 #include "outliers.cuh"
 
 struct Arguments {
-  const u16* q_words; const u16* affine; const float* unit; const unsigned char* bases;
+  const u16* heads; const float* unit; const unsigned char* bases;
   const unsigned char* angles; const int* slow; const int* shares; const int* block_table; const int* kv_lengths;
   const unsigned char* key_codes; const int* key_count; const u16* key_index; const u16* key_value;
   const int* spill_head; const int* spill_next; const u16* spill_index; const u16* spill_value;
@@ -17,81 +17,96 @@ struct Arguments {
 struct Block {  // of a column of the block table
   u32 id;
   int count, head;  // key outliers, the first chunk of their chain
-  u32 range;        // value outliers: first entry, the one behind the last << 15, whether the block is closed << 31
+  int first, last;  // value outliers of a closed block: the head's first, and the one behind its last
 };
 
-enum State { END, LENGTH, FIRST_VISIBLE, PART, SCORE_UNIT, INVERSE_SIZE, HEAP_MOST, HEAP_FACTOR, NEXT };
+enum State {
+  END, LENGTH, PART, SEQUENCE, SCORE_UNIT, INVERSE_SIZE, HEAP_MOST, HEAP_FACTOR,
+  NEXT_LENGTH, NEXT_HEAD, NEXT_UNIT, NEXT_INVERSE,  // of the share after this one; its head is -1 where there is none
+};
 
-// A warp's work, a head of a sequence.
+// A warp's work, blocks of a head of a sequence.
+//
+// All that is known of blocks and shares comes by asynchronous copies, each step while blocks are worked on: who is about
+// to end claims a share, its row names blocks, and eight of these are described at once, in the half of sixteen places
+// that the eight before do not have. What comes after eight may be more of the same share, or the next one's.
 struct Work {
-  int h, bh, lane, q, r;
+  int h, lane, q, r;
   Shared s;
 
   // State: in all lanes alike.
   INLINE void keep(State what, u32 x) const { store(s.mine + W_STATE + what * 4, x); }
   INLINE int number(State what) const { return load(s.mine + W_STATE + what * 4); }
   INLINE float real(State what) const { return as_float(load(s.mine + W_STATE + what * 4)); }
+  INLINE int next_begin() const { return load(s.mine + W_SHARE + 4); }
 
-  // Blocks are described eight columns at a time, so that those of the column before are still there.
-  INLINE u32 id_of(const Arguments& a, int column, int end) const {
-    column += lane;
-    return lane < 8 && column < end ? a.block_table[(u64)((bh - h) / a.H) * a.table_stride + column] : 0;
+  // Lane 0's: ask for a worker's share, if there is one.
+  INLINE void ask_share(const Arguments& a, int worker) const {
+    const int row = worker / a.H, workers = a.taken[1] * a.H;
+    keep(NEXT_HEAD, worker < workers ? (worker + row) % a.H : -1);  // heads differ: each multiprocessor gets some of all
+    if (worker < workers) copy16(s.mine + W_SHARE, a.shares + row * 4);
   }
-  INLINE void describe(const Arguments& a, int column, int end, u32 id) const {
-    column += lane;
-    Block block = {id, 0, 0, 0};
-    if (lane < 8 && column < end) {
-      const u64 at = (u64)id * a.H + h;
-      block.count = a.key_count[at];
-      block.head = a.spill_head[at];
-      if (a.value_end[(u64)id * a.H + a.H - 1] > 0)
-        block.range = 0x80000000u | (u32)a.value_end[at] << 15 | (h > 0 ? (u32)a.value_end[at - 1] : 0u);
+  // Numbers, then the rest, of up to eight blocks: from `column` on, or the next share's first, to places `place` and on.
+  INLINE void ask_numbers(const Arguments& a, int place, int column, bool of_next_share) const {
+    u32 row[4] = {(u32)number(SEQUENCE), (u32)column, (u32)number(END), 0};
+    if (of_next_share) load4(row, s.mine + W_SHARE);
+    const int at = row[1] + lane;
+    if (lane < 8 && at < (int)row[2])
+      copy4(s.mine + W_COLUMNS + (place + lane) * 16, a.block_table + (u64)row[0] * a.table_stride + at);
+  }
+  INLINE void ask_description(const Arguments& a, int place, int column, bool of_next_share) const {
+    const int count = of_next_share ? load(s.mine + W_SHARE + 8) - next_begin() : number(END) - column;
+    if (lane < 8 && lane < count) {
+      const u32 to = s.mine + W_COLUMNS + (place + lane) * 16;
+      const int head = of_next_share ? number(NEXT_HEAD) : h;
+      const u64 at = (u64)load(to) * a.H + head;
+      copy4(to + 4, a.key_count + at);
+      copy4(to + 8, a.spill_head + at);
+      copy4(to + 12, a.value_end + at);
+      if (head > 0) copy4(s.mine + W_FIRSTS + (place + lane) * 4, a.value_end + at - 1);
+      else store(s.mine + W_FIRSTS + (place + lane) * 4, 0);
     }
-    if (lane < 8) store4(s.mine + W_COLUMNS + (column & 15) * 16, block.id, block.count, block.head, block.range);
-    __syncwarp();
   }
-  INLINE Block block_of(int column) const {
+  INLINE Block block_at(int place) const {
     u32 x[4];
-    load4(x, s.mine + W_COLUMNS + (column & 15) * 16);
-    return Block{x[0], (int)x[1], (int)x[2], x[3]};
+    load4(x, s.mine + W_COLUMNS + place * 16);
+    return Block{x[0], (int)x[1], (int)x[2], (int)load(s.mine + W_FIRSTS + place * 4), (int)x[3]};
+  }
+  // What the next share's scores need.
+  INLINE void ask_head(const Arguments& a) const {
+    const int b = load(s.mine + W_SHARE), bh = b * a.H + number(NEXT_HEAD);
+    const u16* rows = a.heads + (u64)bh * ((GN + 3) * D);  // of queries, then of the keys' ranges
+    for (int i = lane; i < (GN + 3) * 16; i += 32) {
+      const int row = i >> 4, at = (i & 15) * 16;
+      copy16(s.mine + (row < GN ? W_QUERY + row * QUERY_ROW : W_SCALE + (row - GN) * 256) + at, rows + row * D + at / 2);
+    }
+    if (lane < 2) copy4(s.mine + W_STATE + (NEXT_UNIT + lane) * 4, a.unit + bh * 2 + lane);
+    if (lane == 2) copy4(s.mine + W_STATE + NEXT_LENGTH * 4, a.kv_lengths + b);
+  }
+  // The next share becomes this one. Returns its first column.
+  INLINE int take_next() {
+    u32 row[4];
+    load4(row, s.mine + W_SHARE);
+    h = number(NEXT_HEAD);
+    const u32 length = number(NEXT_LENGTH), unit = number(NEXT_UNIT), inverse = number(NEXT_INVERSE);
+    __syncwarp();
+    keep(SEQUENCE, row[0]);
+    keep(END, row[2]);
+    keep(PART, row[3]);
+    keep(LENGTH, length);
+    keep(SCORE_UNIT, unit);
+    keep(INVERSE_SIZE, inverse);
+    keep(HEAP_MOST, 0);
+    keep(HEAP_FACTOR, as_word(1.f));
+    __syncwarp();
+    return row[1];
   }
 };
 
-// Queries and the keys' ranges, as pairs of channels. prepare.py keeps each side's four numbers of a lane together.
-struct Queries {
-  uint2 x[4], y[4], range_x[4], range_y[4];  // on their way together; of lanes q = 0 scales, of q = 1 zeros
-  INLINE Queries(const Arguments& a, const Work& w) {
-    const uint2 none = {0, 0};
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-      const u16* words = a.q_words + ((w.bh * 4 + n) * 2 * GP + w.q) * 16 + w.r * 4;
-      const uint2* affine = (const uint2*)(a.affine + ((w.bh * 4 + n) * 4 + w.r) * 16) + w.q;
-      x[n] = w.q < GN ? *(const uint2*)words : none;
-      y[n] = w.q < GN ? *(const uint2*)(words + GP * 16) : none;
-      range_x[n] = w.q < 2 ? affine[0] : none;
-      range_y[n] = w.q < 2 ? affine[2] : none;
-    }
-  }
-  INLINE void keep(const Work& w, float least) const {
-    const u32 mine = w.s.mine;
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-      const u32 at = mine + (n * 4 + w.r) * 16;
-      if (w.q < GN) store_pairs(at + W_QUERY + w.q * QUERY_ROW, x[n], y[n]);
-      if (w.q < 2) store_pairs(at + (w.q ? W_ZERO : W_SCALE), range_x[n], range_y[n]);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const u32 at = mine + (w.lane + 32 * i) * 4, scale = load(at + W_SCALE), zero = load(at + W_ZERO);
-      store(at + W_LEAST, half_pair(low_of(scale) * least + low_of(zero), high_of(scale) * least + high_of(zero)));
-    }
-  }
-  INLINE static void store_pairs(u32 at, uint2 x, uint2 y) {
-    store4(at, __byte_perm(x.x, y.x, 0x5410), __byte_perm(x.x, y.x, 0x7632), __byte_perm(x.y, y.y, 0x5410),
-           __byte_perm(x.y, y.y, 0x7632));
-  }
-};
+// Which group of PIECES pieces piece lane + 32 i belongs to, without a division.
+template <int PIECES> INLINE int group_of(int lane, int i) {
+  return 32 * i / PIECES + (lane >= PIECES - 32 * i % PIECES ? 1 : 0);
+}
 
 // Codes of a block's keys, eight rows for each lane: on their way at 4 bits in registers, else in shared memory.
 struct KeyCodes {
@@ -101,8 +116,8 @@ struct KeyCodes {
   uint2 row[8], third[8];
 #endif
 
-  INLINE void ask(const Arguments& a, const Work& w, u32 id) {
-    const unsigned char* codes = a.key_codes + ((u64)id * a.H + w.h) * (BS * K_ROW);
+  INLINE void ask(const Arguments& a, const Work& w, u64 id_and_head) {
+    const unsigned char* codes = a.key_codes + id_and_head * (BS * K_ROW);
 #if KB == 4
     codes += w.q * 8 * K_ROW + w.r * 16;
 #pragma unroll
@@ -111,7 +126,7 @@ struct KeyCodes {
 #pragma unroll
     for (int i = 0; i < 2 * KB; i++) {
       const int piece = w.lane + 32 * i;
-      copy16(w.s.mine + W_KEY_CODES + piece * 16 + piece / (K_ROW / 2) * GAP, codes + piece * 16);
+      copy16(w.s.mine + W_KEY_CODES + piece * 16 + group_of<K_ROW / 2>(w.lane, i) * GAP, codes + piece * 16);
     }
 #endif
   }
@@ -153,54 +168,50 @@ struct KeyCodes {
   }
 };
 
-INLINE void ask_keys(const Arguments& a, const Work& w, KeyCodes& codes, int column, const Block& block) {
+INLINE void ask_keys(const Arguments& a, const Work& w, KeyCodes& codes, int column, int h, const Block& block) {
   const u32 mine = w.s.mine;
   const int lane = w.lane;
-  codes.ask(a, w, block.id);
+  const u64 id_and_head = (u64)block.id * a.H + h;
+  codes.ask(a, w, id_and_head);
   if (lane < BASES / 16) copy16(mine + W_BASES + lane * 16, a.bases + (u64)column * BASES + lane * 16);
-  const u64 own = ((u64)block.id * a.H + w.h) * K_BASE + 2 * lane;
+  // Eight entries at a time: numbers, then what they are, of the block's own row and of its chain's first chunk.
+  constexpr int ROW = K_PLACES / 8, OWN = K_BASE / 8;
 #pragma unroll
-  for (int i = 0; i < (K_BASE / 2 + 31) / 32; i++)
-    if (2 * lane + 64 * i < min(block.count, K_BASE)) {
-      copy4(mine + W_KEYS + lane * 4 + 128 * i, a.key_index + own + 64 * i);
-      copy4(mine + W_KEYS + 2 * K_PLACES + lane * 4 + 128 * i, a.key_value + own + 64 * i);
-    }
-  if (lane < 16 && K_BASE + 2 * lane < block.count) {
-    const u64 chunk = (u64)block.head * 32 + 2 * lane;
-    copy4(mine + W_KEYS + (K_BASE + 2 * lane) * 2, a.spill_index + chunk);
-    copy4(mine + W_KEYS + 2 * K_PLACES + (K_BASE + 2 * lane) * 2, a.spill_value + chunk);
+  for (int first = 0; first < 2 * ROW; first += 32) {
+    const int piece = first + lane, side = piece >= ROW, at = piece - side * ROW;
+    const u16* own = (side ? a.key_value : a.key_index) + id_and_head * K_BASE + 8 * at;
+    const u16* chunk = (side ? a.spill_value : a.spill_index) + (u64)block.head * CHUNK + 8 * (at - OWN);
+    if (piece < 2 * ROW && 8 * at < min(block.count, K_BASE + CHUNK))
+      copy16(mine + W_KEYS + piece * 16, at < OWN ? own : chunk);
   }
 }
 
-INLINE void ask_values(const Arguments& a, const Work& w, const Block& block) {
+INLINE void ask_values(const Arguments& a, const Work& w, int h, const Block& block) {
   const u32 mine = w.s.mine;
   const int lane = w.lane;
-  const unsigned char* codes = a.value_codes + (((u64)block.id * a.H + w.h) * V_BYTES + lane * 16);
+  const unsigned char* codes = a.value_codes + (((u64)block.id * a.H + h) * V_BYTES + lane * 16);
 #pragma unroll
   for (int i = 0; i < V_BYTES / 512; i++)
-#if VB == 4  // tokens 16 apart, which four lanes read at once, in different banks
-    copy16(mine + W_CODES + (lane >> 3) * 128 + ((lane & 7) ^ (i >> 1) << 1) * 16 + i * 512, codes + i * 512);
-#else
-    copy16(mine + W_CODES + lane * 16 + i * 512 + (lane + 32 * i) / V_ROW * GAP, codes + i * 512);
-#endif
+    copy16(mine + W_CODES + lane * 16 + i * 512 + group_of<V_ROW>(lane, i) * GAP, codes + i * 512);
   if (a.VG == 1) {
     const u16* ranges = lane < 8 ? a.value_scale : a.value_zero;
     if (lane < 16) copy16(mine + W_RANGES + lane * 16, ranges + ((u64)block.id * BS + (lane & 7) * 8));
   } else {
-    const u64 group = (u64)block.id * BS * a.VG + w.h * a.VG / a.H;
+    const u64 group = (u64)block.id * BS * a.VG + h * a.VG / a.H;
     for (int t = lane; t < BS; t += 32) {
       store_half(mine + W_RANGES + t * 2, a.value_scale[group + t * a.VG]);
       store_half(mine + W_RANGES + 128 + t * 2, a.value_zero[group + t * a.VG]);
     }
   }
   if (V_ENTRIES > 0) {
-    const int first = (block.range & 0x7fff & ~1) + 2 * lane, last = (block.range & 0x7fffffff) >> 15;
-    const u64 from = (u64)block.id * (BS * V_ENTRIES) + first;
+    constexpr int ROW = V_PLACES / 8;
+    const u64 from = (u64)block.id * (BS * V_ENTRIES) + (block.first & ~7);
+    const int near = block.last - (block.first & ~7);
 #pragma unroll
-    for (int i = 0; i < V_PLACES / 64; i++)
-      if (first + 64 * i < last) {
-        copy4(mine + W_VALUES + lane * 4 + 128 * i, a.value_index + from + 64 * i);
-        copy4(mine + W_VALUES + 2 * V_PLACES + lane * 4 + 128 * i, a.value_value + from + 64 * i);
-      }
+    for (int first = 0; first < 2 * ROW; first += 32) {
+      const int piece = first + lane, side = piece >= ROW, at = piece - side * ROW;
+      if (piece < 2 * ROW && 8 * at < near)
+        copy16(mine + W_VALUES + piece * 16, (side ? a.value_value : a.value_index) + from + 8 * at);
+    }
   }
 }

@@ -42,7 +42,7 @@ from kvquant.kernels.triton_kernels.shares import places_of, programs_for, progr
 # of a small one at least: H200, 4, 3, 2 bits, 64 sequences of 32K tokens, us with six 1246, 1252, 1115, with three 1261,
 # 1271, 1137; at 4 and 2 bits, all of one size, 1450 and 1347 (of a form before). But 8 such sequences: 204, 200, 180 with
 # small ones of three blocks, 192, 189, 175 without: a share costs a start, an end and a part to merge.
-_SMALL, _FEWEST_SMALL = 6, 8
+_TIERS, _FEWEST_SMALL = ((12, 1), (2, 4), (2, 12)), 2
 # Of more sequences than that is for, one round of shares of about one size.
 _ROUNDS, _FEWEST_BLOCKS = 1, 3
 # Blocks that each warp must have, or Triton's kernel is quicker. H200, eight KV heads, us in a graph at 4, 3, 2 bits: one
@@ -214,12 +214,12 @@ def attend_cuda_decode(
     if isinstance(kernel, str):
         raise KernelNotBuilt(kernel)
 
-    H, M = keys.codes.shape[1], block_table.shape[1]
+    H, M, GP = keys.codes.shape[1], block_table.shape[1], configuration.padded_groups
     places = places_of(configuration.warps, device)
     at_once = max(1, places // H)
-    small = _SMALL if programs is None and at_once >= 2 * B else 1
-    if small > 1:
-        programs = min(programs_of_tiers(B, at_once, small), B * M)
+    tiers = _TIERS if programs is None and at_once >= 2 * B else ()
+    if tiers:
+        programs = min(programs_of_tiers(B, at_once, tiers), B * M)
     else:
         programs = max(B, programs or programs_for(B, H, M, places, _FEWEST_BLOCKS, _ROUNDS))
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
@@ -227,16 +227,17 @@ def attend_cuda_decode(
     factor = softmax_scale if softcap is not None else softmax_scale * LOG2E.value
     sink_tokens = 0 if sinks is None else sinks[0].shape[1]
     prepared, parts = prepare_call(
-        q, kv_lengths, constants, rope, M, block_size, blocks_per_tile, factor, H, MOST_GROUPS,
+        q, kv_lengths, constants, rope, M, block_size, blocks_per_tile, factor, H, GP,
         plane_bytes_of(D, layer.key_bits), layer.key_bits, layer.value_bits,
-        programs, at_once, _FEWEST_SMALL if small > 1 else _FEWEST_BLOCKS, window, sink_tokens, pairs=True, small=small,
+        programs, at_once, _FEWEST_SMALL if tiers else _FEWEST_BLOCKS, window, sink_tokens, pairs=True, tiers=tiers,
+        early=query.is_cuda,
     )  # fmt: skip
-    q_words, _, affine, _, unit, angles, bases, wide_bases, slow, shares = prepared
+    heads, _, _, _, unit, angles, bases, wide_bases, slow, shares = prepared
     # The exact first tokens of each sequence are one more part.
-    found = empty_parts(programs + (B if sink_tokens else 0), H, MOST_GROUPS, D, device)
+    found = empty_parts(programs + (B if sink_tokens else 0), H, GP, D, device)
     best, total, out = found
     tensors = {
-        "q_words": q_words, "affine": affine, "unit": unit, "angles": angles, "slow": slow,
+        "heads": heads, "unit": unit, "angles": angles, "slow": slow,
         "bases": bases if configuration.is_bfloat16 else wide_bases,
         "shares": shares, "block_table": table, "kv_lengths": kv_lengths,
         "key_codes": keys.codes, "key_count": keys.outlier_count,
@@ -261,6 +262,6 @@ def attend_cuda_decode(
     of_sinks = None
     if sinks is not None and sink_tokens:
         of_sinks = attend_sinks(
-            q.float(), sinks, kv_lengths, rope, softmax_scale, softcap, window, H, MOST_GROUPS
+            q.float(), sinks, kv_lengths, rope, softmax_scale, softcap, window, H, GP
         )
-    return merge_parts(query, found, parts, programs, of_sinks)
+    return merge_parts(query, found, parts, programs, of_sinks, early=query.is_cuda)

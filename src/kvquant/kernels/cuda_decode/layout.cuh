@@ -8,7 +8,6 @@
 
 #define BS 64
 #define D 128
-#define GP 8           // columns of a product: query heads, with padding
 // Up to four heads stand in the columns twice, so that lanes r = 0 and 1 weigh half of the tokens and r = 2 and 3 the rest.
 #define SPLIT (GN <= 4)
 #define TILES (SPLIT ? 2 : 4)  // of sixteen tokens, whose weights a lane computes
@@ -18,7 +17,7 @@
 // A warp's own, bytes. What is copied there is 32 bytes aligned, as what comes from memory is.
 #define GAP 32                                    // between rows that are read at once, so that they lie in different banks
 #define V_BYTES (BS * V_ROW)
-#define V_GROUP (16 * V_ROW + (VB < 4 ? GAP : 0)) // of 16 tokens
+#define V_GROUP (16 * V_ROW + GAP)                // of 16 tokens
 #define K_GROUP (8 * K_ROW + GAP)                 // of 8 tokens
 #define W_CODES 0                                 // values of the block
 #define W_BASES (W_CODES + 4 * V_GROUP)           // (cos, sin) of its middle
@@ -26,7 +25,8 @@
 #define W_RANGES (W_BASES + BASES)                 // scales of its values, then zeros
 #define W_KEYS (W_RANGES + 256)                   // outliers: numbers, then what they are
 #define W_VALUES (W_KEYS + 4 * K_PLACES)
-#define V_PLACES 128
+#define V_PLACES (KB == 2 ? 128 : 176)             // what there is room for beside twelve warps
+#define CHUNK 32                                  // entries of a chunk of a chain
 #define W_SCORES (W_VALUES + 4 * V_PLACES)        // of the keys' outliers, in fixed point: a row for each head
 // Eight lanes' sixteen bytes lie in different banks.
 #define SCORE_ROW(g) ((g) % 2 * 68 + (SPLIT ? (g) / 2 * 144 : (g) / 2 * 152 + (g) / 2 % 2 * 12))
@@ -40,9 +40,10 @@
 #define W_SCALE (W_QUERY + QUERY_ROW * GN)        // of the keys' channels, by pairs
 #define W_ZERO (W_SCALE + 256)
 #define W_LEAST (W_ZERO + 256)                    // what code 0 decodes to
-#define W_COLUMNS (W_LEAST + 256)                 // Block of each of 16 columns
-#define W_STATE (W_COLUMNS + 256)                 // what is looked at once a block, so that no register is taken: State
-#define W_SHARE (W_STATE + 48)                    // what is to be done next: a row of shares
+#define W_COLUMNS (W_LEAST + 256)                 // what there is to know of 16 blocks: Block
+#define W_FIRSTS (W_COLUMNS + 256)
+#define W_STATE (W_FIRSTS + 64)                   // what is looked at once a block, so that no register is taken: State
+#define W_SHARE (W_STATE + 48)                    // the next row of shares
 #define W_KEY_CODES (W_STATE + 64)                // at 2 and 3 bits; those of 4 wait in registers
 #define W_BYTES ((W_KEY_CODES + (KB < 4 ? 8 * K_GROUP - GAP : 0) + 31) / 32 * 32)
 

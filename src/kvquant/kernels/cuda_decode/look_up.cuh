@@ -28,15 +28,10 @@ template <> struct Table<2> {
 INLINE u32 lower_nibbles(u32 u, u32 v) { return (u & 0x0F0F0F0Fu) | (v << 4 & 0xF0F0F0F0u); }
 INLINE u32 upper_nibbles(u32 u, u32 v) { return (u >> 4 & 0x0F0F0F0Fu) | (v & 0xF0F0F0F0u); }
 
-// What all warps share, by all of them: what bytes of codes mean, angles in the order of the tensor core's operands, and
-// for outliers where a channel's and a token's part of them lie.
-INLINE void fill_tables(const Shared& s, const float* key_centroids, const float* value_centroids,
-                        const unsigned char* angles, const int* slow) {
-  const int threads = 32 * WARPS;
-  for (int i = threadIdx.x; i < ANGLES / 16; i += threads) copy16(s.angles + i * 16, angles + i * 16);
-  if (threadIdx.x < 8) copy16(s.lists + 512 + threadIdx.x * 16, slow + threadIdx.x * 4);
-  copies_end();
-  for (int i = threadIdx.x; i < TABLE_BYTES / 16; i += threads) {  // four columns of a row
+// What all warps share, by all of them: what bytes of codes mean, a part of it.
+INLINE void fill_table(const float* key_centroids, const float* value_centroids, int from, int to) {
+#pragma unroll 1
+  for (int i = from + threadIdx.x; i < to; i += 32 * WARPS) {  // four columns of a row
     const bool values = i & 8;
     const float* centroids = values ? value_centroids : key_centroids;
     const int bits = values ? VB : KB, row = i >> 4;
@@ -50,6 +45,9 @@ INLINE void fill_tables(const Shared& s, const float* key_centroids, const float
     }
     store4(TABLE_AT + i * 16, x, y, x, y);
   }
+}
+// Places of tokens, and for outliers where a channel's and a token's part of the angles lie.
+INLINE void fill_lists(const Shared& s) {
   if (threadIdx.x < 8) {  // places of two tokens in the block, from -1 to 1
     const int token = 8 * threadIdx.x - BS / 2;
     store(s.lists + 640 + threadIdx.x * 4, half_pair(token * (2.f / BS), (token + 1) * (2.f / BS)));
@@ -61,5 +59,9 @@ INLINE void fill_tables(const Shared& s, const float* key_centroids, const float
     const int t = threadIdx.x;
     store(s.lists + 256 + t * 4, (t >> 1 & 3) * 1024 + (t >> 3) * 64 + (t & 1) * 4);
   }
-  wait_for_copies();
+}
+// Angles in the order of the tensor core's operands, which the kernel before has made.
+INLINE void ask_angles(const Shared& s, const unsigned char* angles, const int* slow) {
+  for (int i = threadIdx.x; i < ANGLES / 16; i += 32 * WARPS) copy16(s.angles + i * 16, angles + i * 16);
+  if (threadIdx.x < 8) copy16(s.lists + 512 + threadIdx.x * 16, slow + threadIdx.x * 4);
 }

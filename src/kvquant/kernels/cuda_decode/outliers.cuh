@@ -100,33 +100,47 @@ INLINE void add_value(u32 mine, u32 token, u32 channel, float scaled, bool live)
 }
 
 // Entries of a block's values. A closed block lists each head's together, of which the first V_PLACES lie in shared
-// memory; an open one all heads', token by token, V_ENTRIES each, numbered by channel of the layer. What tokens before
-// ``hidden`` left there may be any number: they count for nothing, or they would be what the others are scaled by.
+// memory and of these the first 128 in registers; an open one all heads', token by token, V_ENTRIES each, numbered by
+// channel of the layer. What tokens before ``hidden`` left there may be any number: they count for nothing, or they would
+// be what the others are scaled by.
 template <class Arguments> struct Values {
   const Arguments& a;
   const Shared& s;
   u64 entries;
-  int from, first, to, rest, lane, h, hidden;
-  float least;  // the first centroid
+  int from, first, to, near_to, rest, lane, h, hidden;  // near_to: of those in registers
+  float least;                                           // the first centroid
   bool closed;
   float difference[4];
 
-  INLINE Values(const Arguments& a, const Shared& s, u32 id, u32 range, int stored, int hidden, int lane, int h, float least)
-      : a(a), s(s), lane(lane), h(h), hidden(hidden), least(least) {
-    closed = range >> 31;
-    first = range & 0x7fff;
+  INLINE Values(const Arguments& a, const Shared& s, u32 id, int first, int last, int stored, int hidden, int lane, int h,
+                float least)
+      : a(a), s(s), lane(lane), h(h), hidden(hidden), least(least), first(first) {
+    closed = last > 0 || a.value_end[(u64)id * a.H + a.H - 1] > 0;
     entries = (u64)id * (BS * V_ENTRIES);
-    from = closed ? first & ~1 : 0;
-    to = closed ? (range & 0x7fffffff) >> 15 : stored * V_ENTRIES;
-    rest = closed ? from + V_PLACES : 0;
+    from = closed ? first & ~7 : 0;
+    to = closed ? last : stored * V_ENTRIES;
+    near_to = closed ? last : 0;
+    rest = closed ? from + 128 : 0;
   }
-  INLINE bool near(int i) const { const int e = from + lane + 32 * i; return closed && e >= first && e < to; }
+  INLINE bool near(int i) const {
+    const int e = from + lane + 32 * i;
+    return e < near_to && (i > 0 || e >= first);
+  }
   INLINE float further(int e, u32& token, u32& channel) const {
-    const u32 number = a.value_index[entries + e];
+    u32 number;
+    float value;
+    if (closed && e - from < V_PLACES) {
+      const u32 at = s.mine + W_VALUES + (e - from) * 2;
+      number = load_half(at);
+      value = kept(load_half(at + 2 * V_PLACES));
+    } else {
+      number = a.value_index[entries + e];
+      value = kept(a.value_value[entries + e]);
+    }
     token = closed ? number >> 7 & 63 : e / (V_ENTRIES > 0 ? V_ENTRIES : 1);
     channel = closed ? number & 127 : number - h * D;
     const bool counts = channel < D && (int)token >= hidden;
-    return counts ? value_difference(s.mine, kept(a.value_value[entries + e]), token, least) : 0.f;
+    return counts ? value_difference(s.mine, value, token, least) : 0.f;
   }
   // The largest difference that this lane has.
   INLINE float read() {
@@ -148,7 +162,7 @@ template <class Arguments> struct Values {
   INLINE void add(float factor) const {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      if (i == 3 && from + 96 >= to) break;
+      if (i == 3 && from + 96 >= near_to) break;
       const u32 number = load_half(s.mine + W_VALUES + (lane + 32 * i) * 2);
       add_value(s.mine, number >> 7 & 63, number & 127, difference[i] * factor, near(i));
     }
@@ -170,7 +184,7 @@ struct Heap {
     most = as_float((as_word(largest) & 0x7f800000u) + 0x01000000u);  // a power of two; the largest is below half of it
     factor = 64.f * reciprocal(most);
   }
-  INLINE void move(float (*sums)[4], u32 mine, float size, int lane) const {
+  INLINE void move(float (*sums)[4], u32 mine, float size, int lane) const {  // once in a while, see store_part
     const int q = lane >> 2, r = lane & 3;
     const float back = reciprocal(factor * size);
     __syncwarp();

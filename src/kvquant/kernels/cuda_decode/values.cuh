@@ -37,7 +37,7 @@ INLINE void add_values(float (*sums)[4], const Work& w, const Table<VB>& table, 
   for (int p = 0; p < 2; p++) {
 #if VB == 4
     u32 u[2], v[2];
-    const u32 at = w.s.mine + W_CODES + r * 1024 + m * 128 + ((4 * p | q >> 1) ^ r << 1) * 16 + (q & 1) * 8;
+    const u32 at = w.s.mine + W_CODES + r * V_GROUP + (2 * m + p) * V_ROW + q * 8;
     load2(u, at);
     load2(v, at + 512);
 #pragma unroll
@@ -94,7 +94,10 @@ struct Seen {
   }
 };
 
-INLINE void store_part(const Arguments& a, const Work& w, Seen& seen, int part, float unit) {
+// Of columns that hold heads twice, each half of the lanes gets the sums of half of the rows. ``heap``: what one of the
+// whole numbers is worth that outliers have summed, whose place is empty afterwards.
+INLINE void store_part(const Arguments& a, const Work& w, Seen& seen, int part, float unit, float heap) {
+  const int half = w.r >> 1, head = 2 * (SPLIT ? w.r & 1 : w.r);
 #pragma unroll
   for (int x = SPLIT ? 2 : 4; x < 32; x *= 2)
 #pragma unroll
@@ -102,22 +105,44 @@ INLINE void store_part(const Arguments& a, const Work& w, Seen& seen, int part, 
       seen.total[y] += __shfl_xor_sync(ALL_LANES, seen.total[y], x);
       seen.zeros[y] += __shfl_xor_sync(ALL_LANES, seen.zeros[y], x);
     }
-  if (SPLIT)
 #pragma unroll
-    for (int i = 0; i < 32; i++) seen.sums[i >> 2][i & 3] += __shfl_xor_sync(ALL_LANES, seen.sums[i >> 2][i & 3], 2);
+  for (int up = 0; up < (SPLIT ? 1 : 2); up++) {
+    const int upper = SPLIT ? half : up;
 #pragma unroll
-  for (int y = 0; y < 2; y++) {
-    const int g = 2 * w.r + y;
-    if (g >= G) continue;
-    const u64 at = ((u64)part * a.H + w.h) * GP + g;
-    if (w.q == 0) {
-      a.part_best[at] = seen.best[y] * unit;
-      a.part_total[at] = seen.total[y] * 0x1p-10f;
-    }
+    for (int y = 0; y < 2; y++) {
+      const int g = head + y;
+      float x[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      a.part_out[at * D + out_channel(i, w.q, 0)] = (seen.sums[i][y] * seen.size + seen.zeros[y]) * 0x1p-10f;
-      a.part_out[at * D + out_channel(i, w.q, 1)] = (seen.sums[i][y + 2] * seen.size + seen.zeros[y]) * 0x1p-10f;
+      for (int i = 0; i < 8; i++) {
+        const float low = seen.sums[i][y], high = seen.sums[i][y + 2];
+        x[i] = up ? high : low;
+        if (SPLIT) x[i] = (half ? high : low) + __shfl_xor_sync(ALL_LANES, half ? low : high, 2);
+      }
+      if (g >= G) continue;
+      if (V_ENTRIES > 0) {
+        const u32 at = w.s.mine + W_OUT + g * OUT_ROW * 4;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          const u32 place = at + OUT_PLACE(out_channel(i, w.q, 0)) * 4 + upper * OUT_PLACE(64) * 4;
+          x[i] = x[i] * seen.size + (float)(int)load(place) * heap;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] *= seen.size;
+      }
+      const u64 row = ((u64)part * a.H + w.h) * GN + g;
+      if (w.q == 0 && upper == 0) {
+        a.part_best[row] = seen.best[y] * unit;
+        a.part_total[row] = seen.total[y] * 0x1p-10f;
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i++) x[i] = (x[i] + seen.zeros[y]) * 0x1p-10f;
+#pragma unroll
+      for (int i = 0; i < 8; i += 4)
+        put4(a.part_out + row * D + out_channel(i, w.q, 0) + 64 * upper, x[i], x[i + 1], x[i + 2], x[i + 3]);
     }
   }
+  __syncwarp();
+  if (V_ENTRIES > 0)
+    for (int i = w.lane * 16; i < GN * OUT_ROW * 4; i += 512) store4(w.s.mine + W_OUT + i, 0, 0, 0, 0);
 }

@@ -51,7 +51,6 @@ INLINE float kept(u16 x) {  // a 16-bit number as the pool stores it
 INLINE float largest_of_warp(float x) {
   u32 r; asm volatile("redux.sync.max.u32 %0,%1,0xffffffff;" : "=r"(r) : "r"(as_word(x))); return as_float(r);
 }
-
 // -- shared memory -----------------------------------------------------------------------------------------------
 INLINE u32 load(u32 at) { u32 r; asm volatile("ld.shared.b32 %0,[%1];" : "=r"(r) : "r"(at)); return r; }
 INLINE u16 load_half(u32 at) { u16 r; asm volatile("ld.shared.b16 %0,[%1];" : "=h"(r) : "r"(at)); return r; }
@@ -85,12 +84,25 @@ INLINE void wait_for_older_copies() {  // all groups but the latest have come
   asm volatile("cp.async.wait_group 1;" ::: "memory");
   __syncwarp();
 }
+INLINE void copies_arrive() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+}
 INLINE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 INLINE uint4 stream(const void* p) {
   uint4 r;
   asm volatile("ld.global.L1::no_allocate.v4.b32 {%0,%1,%2,%3},[%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
   return r;
+}
+INLINE void put4(float* to, float a, float b, float c, float d) {
+  asm volatile("st.global.v4.f32 [%0],{%1,%2,%3,%4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+// This kernel may have started before the one before it ended: now that has, and what it wrote is there.
+INLINE void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // -- tensor core ---------------------------------------------------------------------------------------------------

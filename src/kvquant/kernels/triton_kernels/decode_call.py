@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvquant.kernels import LayerConstants, Rope
 from kvquant.kernels.triton_kernels import decode, merge, prepare
-from kvquant.kernels.triton_kernels.shares import empty_shares, padded
+from kvquant.kernels.triton_kernels.shares import Tiers, empty_shares, padded
 from kvquant.packing import packed_row_bytes, plane_widths
 
 
@@ -37,7 +37,8 @@ def prepare_call(
     window: int | None,
     sink_tokens: int,
     pairs: bool = False,
-    small: int = 1,
+    tiers: Tiers = (),
+    early: bool = False,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """A decode kernel's first ten arguments (see prepare.py), a few KiB per head, half a KiB per block, and parts.
 
@@ -54,7 +55,8 @@ def prepare_call(
         programs, at_once, fewest_blocks: how blocks are shared, see shares.py.
         sink_tokens: first tokens that are kept apart.
         pairs: cosines and sines side by side, and angles from the middle of a block: of the CUDA kernel.
-        small: large shares of blocks have as much as so many small ones; 1: all shares are alike.
+        tiers: of shares of blocks, see :func:`kvquant.kernels.triton_kernels.shares.store_tiers`; none: all are alike.
+        early: the kernel after this one is launched before this one ends.
     """
     B, Hq, D = query.shape
     BH, wide, half = B * H, torch.float32, torch.float16
@@ -67,7 +69,7 @@ def prepare_call(
         return torch.empty(*shape, dtype=dtype, device=query.device)
 
     prepared = (
-        empty(BH, units, GP, 4, 8),
+        empty(BH, GP + 3, D) if pairs else empty(BH, units, GP, 4, 8),
         empty(BH, D, GP),
         empty(BH, units, 4, 16),
         empty(BH, D, dtype=wide),
@@ -85,8 +87,8 @@ def prepare_call(
         BH, H, blocks_per_tile * block_size // rows, float(factor), programs, at_once, window or 0, sink_tokens,
         G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,
         CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, BS=block_size,
-        SEQUENCES=padded(B), FEWEST=fewest_blocks, HAS_WINDOW=window is not None, PAIRS=pairs, SMALL=small,
-        num_warps=4,
+        SEQUENCES=padded(B), FEWEST=fewest_blocks, HAS_WINDOW=window is not None, PAIRS=pairs, TIERS=tiers,
+        COUNT=len(tiers), EARLY=early, num_warps=4,
     )  # fmt: skip
     return (*prepared, shares), parts
 
@@ -139,6 +141,7 @@ def merge_parts(
     parts: Tensor,
     programs: int,
     of_sinks: tuple[Tensor, Tensor, Tensor] | None,
+    early: bool = False,
 ) -> Tensor:
     """Add up what programs found: [B, Hq, D] in the query's dtype.
 
@@ -148,6 +151,7 @@ def merge_parts(
         parts: int32 [B + 1, 2], see shares.py.
         programs: rows of ``found`` that are of programs.
         of_sinks: what :func:`attend_sinks` gave, written behind them; None: there are none.
+        early: launch the merge before the kernel before it ends; only where that is what finds the parts.
     """
     B, Hq, D = query.shape
     H, GP = found[0].shape[1:]
@@ -157,6 +161,6 @@ def merge_parts(
     merged = torch.empty_like(query, memory_format=torch.contiguous_format)
     merge._merge_kernel[(B * Hq,)](
         *found, parts, merged, programs, H, SINKS=int(of_sinks is not None),
-        G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), num_warps=4,
+        G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), EARLY=early, num_warps=4, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return merged

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from kvquant.kernels.triton_kernels.fragments import channel_of_row
 
@@ -23,13 +24,15 @@ def store_part(
 @triton.jit(do_not_specialize=["programs"])
 def _merge_kernel(
     part_best, part_total, part_out, parts, out, programs, H, SINKS: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Fold the parts of one query head; a part that saw nothing has -inf and counts for nothing.
 
     Parts are [programs, H, GP (, D)], those of a sequence in a row (shares.py); with SINKS one more for each sequence
-    stands behind them.
+    stands behind them. EARLY: it is launched before the kernel that finds the parts ends.
     """
+    if EARLY:
+        gdc_wait()
     head = tl.program_id(0)
     b = head // (H * G)
     h = head // G % H

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvquant.kernels.triton_kernels.lookup import load_tables
 from kvquant.kernels.triton_kernels.shares import store_shares, store_tiers
@@ -30,6 +31,13 @@ def _store_table(look_up, centroids, BITS: tl.constexpr):
         for k in tl.static_range(4):
             tl.store(look_up + copy * 4 + k, t[k])
             tl.store(look_up + 8 + copy * 4 + k, t[4 + k])
+
+
+@triton.jit
+def _least(scale, zero, centroids):
+    """What a kernel's fp16 arithmetic makes of code 0: one product and one sum, rounded once."""
+    first = tl.load(centroids).to(tl.float16).to(tl.float32)
+    return (scale.to(tl.float16).to(tl.float32) * first + zero.to(tl.float16).to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
@@ -81,13 +89,15 @@ def _prepare_kernel(
     # [BH, units, 4 r, (scale x, zero x, scale y, zero y) * 4 k], fp32 [BH, D], fp32 [BH, 2],
     # [units, ROWS / 16, 64 threads, (cos, sin) * 4 k], [M, units, (cos, sin), 4 r, 4 k], fp32 [M, (cos, sin), D/2],
     # int32 [(keys, values), (low, high bytes), 2 copies, 4], shares and parts (shares.py); M counts ROWS tokens each.
-    # With PAIRS, for the CUDA kernel: angles and the table in front of shares as of _store_pair_angles, bases with
-    # (cos, sin) last.
+    # With PAIRS, for the CUDA kernel: in the place of the first, of each head GP rows of queries and one each of scales,
+    # zeros and what code 0 means, (x, y) last; angles and the table in front of shares as of _store_pair_angles; bases
+    # with (cos, sin) last.
     q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up, shares, parts,
     heads, H, bpt, factor, programs, at_once, window, sink_tokens,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
     CPL: tl.constexpr, NP: tl.constexpr, PLACES: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BS: tl.constexpr,
-    SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, PAIRS: tl.constexpr, SMALL: tl.constexpr,
+    SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, PAIRS: tl.constexpr, TIERS: tl.constexpr,
+    COUNT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for each sequence, each (sequence, KV head), each of ROWS rows of the table of places, all ROWS tokens.
 
@@ -98,6 +108,8 @@ def _prepare_kernel(
     of the first: queries are turned back by it, keys on by their place among these. With PAIRS it is the angle of the
     middle one, and has the model's attention scaling, which the angles of places have else.
     """
+    if EARLY:  # the next kernel may start, and waits itself for what it needs of this one
+        gdc_launch_dependents()
     HALF: tl.constexpr = D // 2
     UNITS: tl.constexpr = CPL * NP
     sequences = heads // H
@@ -111,10 +123,10 @@ def _prepare_kernel(
     inside = (n < UNITS) & (word * 4 + k < W)
     if program < 0:
         b = program + sequences
-        if SMALL > 1:
+        if COUNT > 0:
             store_tiers(
                 b, kv_lengths, shares, parts, sequences, at_once, window, sink_tokens,
-                BS, SEQUENCES, FEWEST, HAS_WINDOW, SMALL,
+                BS, SEQUENCES, FEWEST, HAS_WINDOW, TIERS, COUNT,
             )  # fmt: skip
         else:
             store_shares(
@@ -138,33 +150,38 @@ def _prepare_kernel(
         )
         q_size = tl.max(tl.max(tl.abs(q), 1), 0) * 2.0
         q_size = _power_of_two(q_size)
-        tl.store(
-            q_half + (program * D + d[:, None]) * GP + g[None, :],
-            (q / q_size).to(tl.float16),
-            mask=d[:, None] < D,
-        )
-        # What the kernel's fp16 arithmetic makes of code 0: one product and one sum, rounded once.
-        first = tl.load(key_centroids).to(tl.float16).to(tl.float32)
-        least = (scale / k_size).to(tl.float16).to(tl.float32) * first + (zero / k_size).to(tl.float16).to(
-            tl.float32
-        )
-        tl.store(floor + program * D + d, least.to(tl.float16).to(tl.float32), mask=d < D)
         tl.store(unit + program * 2, factor * k_size * q_size)
         tl.store(unit + program * 2 + 1, 1.0 / k_size)
+        if not PAIRS:
+            tl.store(
+                q_half + (program * D + d[:, None]) * GP + g[None, :],
+                (q / q_size).to(tl.float16),
+                mask=d[:, None] < D,
+            )
+            least = _least(scale / k_size, zero / k_size, key_centroids)
+            tl.store(floor + program * D + d, least.to(tl.float32), mask=d < D)
         for side in tl.static_range(2):
             c = channel + side * HALF
-            at = affine + ((program * UNITS + n) * 4 + r) * 16 + side * 8 + k
-            s = tl.load(key_scale + h * D + c, mask=inside, other=0.0)
-            z = tl.load(key_zero + h * D + c, mask=inside, other=0.0)
-            tl.store(at, (s / k_size).to(tl.float16), mask=n < UNITS)
-            tl.store(at + 4, (z / k_size).to(tl.float16), mask=n < UNITS)
+            s = tl.load(key_scale + h * D + c, mask=inside, other=0.0) / k_size
+            z = tl.load(key_zero + h * D + c, mask=inside, other=0.0) / k_size
             x = tl.load(
                 query + (program * G + g[None, :]) * D + c[:, None],
                 mask=(g[None, :] < G) & inside[:, None],
                 other=0.0,
             ).to(tl.float32)
-            to = (((program * UNITS + n) * 2 + side)[:, None] * GP + g[None, :]) * 16 + (r * 4 + k)[:, None]
-            tl.store(q_words + to, (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None])
+            if PAIRS:
+                row = q_words + program * (GP + 3) * D
+                at = place * 2 + side
+                tl.store(row + g[None, :] * D + at[:, None], (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None])
+                tl.store(row + GP * D + at, s.to(tl.float16), mask=n < UNITS)
+                tl.store(row + (GP + 1) * D + at, z.to(tl.float16), mask=n < UNITS)
+                tl.store(row + (GP + 2) * D + at, _least(s, z, key_centroids), mask=n < UNITS)
+            else:
+                at = affine + ((program * UNITS + n) * 4 + r) * 16 + side * 8 + k
+                tl.store(at, s.to(tl.float16), mask=n < UNITS)
+                tl.store(at + 4, z.to(tl.float16), mask=n < UNITS)
+                to = (((program * UNITS + n) * 2 + side)[:, None] * GP + g[None, :]) * 16 + (r * 4 + k)[:, None]
+                tl.store(q_words + to, (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None])
     elif program < heads + ROWS:
         row = program - heads
         if PAIRS:

@@ -19,6 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# See store_tiers.
+Tiers = tuple[tuple[int, int], ...]
+
 # Rounds of programs that are asked for: what they take has evened out by then.
 _MOST_ROUNDS = 4
 
@@ -104,54 +107,68 @@ def store_shares(
 
 
 @triton.jit
+def _of_tier(
+    blocks, rest, large, FEWEST: tl.constexpr, SIXTEENTHS: tl.constexpr, SMALLER: tl.constexpr, LAST: tl.constexpr
+):
+    """Blocks of a share, and shares of each sequence, of ``blocks`` in all and ``rest`` that are left."""
+    size = tl.minimum(tl.maximum(tl.cdiv(large, SMALLER), FEWEST), large)
+    if LAST:
+        return size, tl.cdiv(rest, size)
+    else:
+        return size, blocks * SIXTEENTHS // 16 // size
+
+
+@triton.jit
 def store_tiers(
     b, kv_lengths, shares, parts, sequences, at_once, window, sink_tokens,
-    BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, SMALL: tl.constexpr,
+    BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, TIERS: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Write shares as :func:`store_shares` does, for programs that take the next one as they end: first up to
-    ``at_once`` large ones that hold up to three quarters of all blocks, then the rest in shares a SMALL-th of these, which end evenly.
+    """Write shares as :func:`store_shares` does, for programs that take the next one as they end: large ones first, up to
+    ``at_once``, then ever smaller ones, which end evenly.
 
-    It takes at most :func:`programs_of_tiers` programs. Where small shares would have less than FEWEST blocks, there is
-    one large one for each of ``at_once`` and what it leaves of a sequence.
+    Each of the COUNT TIERS is (sixteenths of a sequence's blocks, how many of its shares make a large one); the last one takes
+    what is left. Shares have FEWEST blocks at least. They are :func:`programs_of_tiers` at most.
     """
     i = tl.arange(0, SEQUENCES)
     start, blocks = _visible_blocks(i, kv_lengths, sequences, window, sink_tokens, BS, HAS_WINDOW)
-    every = tl.sum(blocks, 0)
-    large = tl.cdiv(every * 3, at_once * 4)
-    small = tl.cdiv(large, SMALL)
-    if small < FEWEST:
-        large = tl.cdiv(every, at_once)
-        small = large
-    large = tl.maximum(large, 1)
-    small = tl.maximum(small, 1)
-    larges = tl.where(small < large, blocks * 3 // 4, blocks) // large
-    rest = blocks - larges * large
-    smalls = tl.cdiv(rest, small)
-    count = larges + smalls
-    own, before = i == b, i < b
-    first, own_start, own_larges = _own(count, before), _own(start, own), _own(larges, own)
-    own_end = own_start + _own(blocks, own)
+    own = i == b
+    large = tl.maximum(tl.cdiv(tl.sum(blocks, 0) * TIERS[0][0], at_once * 16), 1)
+    every, rest = tl.zeros_like(blocks), blocks
+    for tier in tl.static_range(COUNT):
+        size, count = _of_tier(blocks, rest, large, FEWEST, TIERS[tier][0], TIERS[tier][1], tier == COUNT - 1)
+        every += count
+        rest -= count * size
+    first = _own(every, i < b)
     tl.store(parts + b * 2, first)
-    tl.store(parts + b * 2 + 1, _own(count, own))
-    _store_run(shares, b, _own(larges, before), first, own_start, large, own_end, own_larges)
-    _store_run(
-        shares, b, tl.sum(larges, 0) + _own(smalls, before), first + own_larges, own_start + own_larges * large,
-        small, own_end, _own(smalls, own),
-    )  # fmt: skip
+    tl.store(parts + b * 2 + 1, _own(every, own))
+    own_end = _own(start + blocks, own)
+    order = 0
+    begin = _own(start, own)
+    rest = blocks
+    for tier in tl.static_range(COUNT):
+        size, count = _of_tier(blocks, rest, large, FEWEST, TIERS[tier][0], TIERS[tier][1], tier == COUNT - 1)
+        own_count = _own(count, own)
+        _store_run(shares, b, order + _own(count, i < b), first, begin, size, own_end, own_count)
+        order += tl.sum(count, 0)
+        first += own_count
+        begin += own_count * size
+        rest -= count * size
     if b == 0:
         tl.store(parts + sequences * 2, 0)
-        tl.store(parts + sequences * 2 + 1, tl.sum(count, 0))
+        tl.store(parts + sequences * 2 + 1, order)
 
 
 @triton.jit(do_not_specialize=["sequences", "programs", "at_once", "window", "sink_tokens"])
 def _shares_kernel(
     kv_lengths, shares, parts, sequences, programs, at_once, window, sink_tokens,
-    BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, SMALL: tl.constexpr,
+    BS: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, HAS_WINDOW: tl.constexpr, TIERS: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
-    if SMALL > 1:
+    if COUNT > 0:
         store_tiers(
             tl.program_id(0), kv_lengths, shares, parts, sequences, at_once, window, sink_tokens,
-            BS, SEQUENCES, FEWEST, HAS_WINDOW, SMALL,
+            BS, SEQUENCES, FEWEST, HAS_WINDOW, TIERS, COUNT,
         )  # fmt: skip
     else:
         store_shares(
@@ -175,7 +192,7 @@ def share_blocks(
     fewest_blocks: int,
     window: int | None = None,
     sink_tokens: int = 0,
-    small: int = 1,
+    tiers: Tiers = (),
 ) -> tuple[Tensor, Tensor]:
     """Share the blocks of a batch among programs: shares and parts, int32.
 
@@ -186,14 +203,14 @@ def share_blocks(
         at_once, fewest_blocks: see :func:`store_shares`.
         window: sliding window in tokens, or None.
         sink_tokens: first tokens that are kept apart.
-        small: above 1, see :func:`store_tiers`, which ``programs`` must be enough for.
+        tiers: if any, see :func:`store_tiers`, which ``programs`` must be enough for.
     """
     sequences = kv_lengths.shape[0]
     shares, parts = empty_shares(sequences, programs, kv_lengths.device)
     _shares_kernel[(sequences,)](
         kv_lengths, shares, parts, sequences, programs, at_once, window or 0, sink_tokens,
         BS=block_size, SEQUENCES=padded(sequences), FEWEST=fewest_blocks, HAS_WINDOW=window is not None,
-        SMALL=small, num_warps=1,
+        TIERS=tiers, COUNT=len(tiers), num_warps=1,
     )  # fmt: skip
     return shares, parts
 
@@ -238,11 +255,12 @@ def programs_for(
     return max(sequences, min(chosen * places // heads, most))
 
 
-def programs_of_tiers(sequences: int, at_once: int, small: int) -> int:
+def programs_of_tiers(sequences: int, at_once: int, tiers: Tiers) -> int:
     """Programs for each KV head that :func:`store_tiers` may take.
 
-    Large shares are ``at_once`` at most, beside small ones. Those have a quarter of all blocks, which are 4/3 of
-    ``at_once`` large ones, and what of each sequence is left beside large ones, less than a large one, rounded up.
-    Of one size, there are ``at_once`` shares and one more for each sequence at most.
+    There are ``at_once`` large ones at most, which hold at least as many sixteenths of all blocks as the first tier has.
+    What a tier leaves of a sequence, less than a share of its own and a block that it rounds down, goes to the last tier.
     """
-    return at_once + -(-at_once * small // 3) + sequences * (small + 1)
+    (most, _), (_, smallest) = tiers[0], tiers[-1]
+    evenly = sum(-(-at_once * sixteenths * smaller // most) for sixteenths, smaller in tiers)
+    return evenly + sequences * (1 + sum(smallest // smaller + 2 for _, smaller in tiers[:-1]))
