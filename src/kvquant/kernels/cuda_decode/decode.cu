@@ -35,6 +35,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
   // Tables are filled while the first share's keys are found: it, its blocks, what they are.
   constexpr int PART_OF_TABLE = TABLE_BYTES / 16 / 3 + 1;
   int place = 0;  // of sixteen, where a block's description is
+  KeyCodes codes;
 #pragma unroll 1
   for (int step = 0; step < 3; step++) {
     if (step == 0 && lane == 0) w.ask_share(a, warp * gridDim.x + blockIdx.x);
@@ -45,14 +46,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
         w.ask_head(a);
       } else {
         w.ask_description(a, place, 0, true);
+        const Block block = {w.block_at(place).id, K_BASE, 0, 0, 0};  // what there is without a description
+        ask_keys(a, w, codes, w.next_begin(), w.number(NEXT_HEAD), block);
       }
     }
     fill_table(a.key_centroids, a.value_centroids, step * PART_OF_TABLE, min((step + 1) * PART_OF_TABLE, TABLE_BYTES / 16));
     copies_arrive();
   }
-  KeyCodes codes;
   if (w.number(NEXT_HEAD) >= 0) {
-    ask_keys(a, w, codes, w.next_begin(), w.number(NEXT_HEAD), w.block_at(place));
+    const Block block = w.block_at(place);
+    if (block.count > K_BASE) ask_key_entries(a, w, (u64)block.id * a.H + w.number(NEXT_HEAD), block);
     copies_end();
     ask_values(a, w, w.number(NEXT_HEAD), w.block_at(place));
     copies_end();
@@ -108,8 +111,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       if (head_after >= 0) ask_keys(a, w, codes, column_after, head_after, w.block_at(place_after));
       copies_end();
       const float score_unit = w.real(SCORE_UNIT), unit = HAS_SOFTCAP ? 1.f : score_unit;
-      const int length = w.number(LENGTH), first_visible = HAS_WINDOW ? max(a.sink_tokens, length - a.window) : a.sink_tokens;
-      const int first_slot = first_visible - column * BS, end_slot = length - column * BS;
+      const int first_slot = w.first_slot(a, column), end_slot = w.end_slot(column);
       const bool whole = first_slot <= 0 && end_slot >= BS;
       float s[TILES][4];  // of this lane's tokens: eight that follow one another, or four
 #pragma unroll
@@ -172,9 +174,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
         zero[i] = kept((u16)(shifts[i >> 1] >> 16 * (i & 1)));
         largest = fmaxf(largest, scale[i]);
       }
-      const Block block = w.block_at(place);
-      Values<Arguments> values(a, w.s, block.id, block.first, block.last, min(end_slot, BS), first_slot, lane, w.h, value_least);
-      const float difference = V_ENTRIES > 0 ? values.read() : 0.f;
+      float differences[4];
+      const float difference = V_ENTRIES > 0 ? Values(a, w, place, column, value_least).read(differences) : 0.f;
       const bool higher = (most[0] - seen.best[0]) * unit > SLACK || (most[1] - seen.best[1]) * unit > SLACK;
       const bool outgrown = (head < GN && higher) || largest > seen.size;
       const bool heap_is_full = V_ENTRIES > 0 && (difference > w.real(HEAP_MOST) || (column & 15) == 0);
@@ -235,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       }
       if (V_ENTRIES > 0) {
         __syncwarp();
-        values.add(w.real(HEAP_FACTOR));
+        Values(a, w, place, column, value_least).add(differences, w.real(HEAP_FACTOR));
       }
       __syncwarp();
 #pragma unroll

@@ -38,6 +38,11 @@ struct Work {
   INLINE void keep(State what, u32 x) const { store(s.mine + W_STATE + what * 4, x); }
   INLINE int number(State what) const { return load(s.mine + W_STATE + what * 4); }
   INLINE float real(State what) const { return as_float(load(s.mine + W_STATE + what * 4)); }
+  // Of a column's tokens, those from the first one to before the other are visible, as far as they are in the block.
+  INLINE int first_slot(const Arguments& a, int column) const {
+    return (HAS_WINDOW ? max(a.sink_tokens, number(LENGTH) - a.window) : a.sink_tokens) - column * BS;
+  }
+  INLINE int end_slot(int column) const { return number(LENGTH) - column * BS; }
   INLINE int next_begin() const { return load(s.mine + W_SHARE + 4); }
 
   // Lane 0's: ask for a worker's share, if there is one.
@@ -76,6 +81,7 @@ struct Work {
   INLINE void ask_head(const Arguments& a) const {
     const int b = load(s.mine + W_SHARE), bh = b * a.H + number(NEXT_HEAD);
     const u16* rows = a.heads + (u64)bh * ((GN + 3) * D);  // of queries, then of the keys' ranges
+#pragma unroll 1
     for (int i = lane; i < (GN + 3) * 16; i += 32) {
       const int row = i >> 4, at = (i & 15) * 16;
       copy16(s.mine + (row < GN ? W_QUERY + row * QUERY_ROW : W_SCALE + (row - GN) * 256) + at, rows + row * D + at / 2);
@@ -123,10 +129,11 @@ struct KeyCodes {
 #pragma unroll
     for (int i = 0; i < 8; i++) row[i] = stream(codes + i * K_ROW);
 #else
+    const int lane = anew(w.lane);
 #pragma unroll
     for (int i = 0; i < 2 * KB; i++) {
-      const int piece = w.lane + 32 * i;
-      copy16(w.s.mine + W_KEY_CODES + piece * 16 + group_of<K_ROW / 2>(w.lane, i) * GAP, codes + piece * 16);
+      const int piece = lane + 32 * i;
+      copy16(w.s.mine + W_KEY_CODES + piece * 16 + group_of<K_ROW / 2>(lane, i) * GAP, codes + piece * 16);
     }
 #endif
   }
@@ -168,13 +175,10 @@ struct KeyCodes {
   }
 };
 
-INLINE void ask_keys(const Arguments& a, const Work& w, KeyCodes& codes, int column, int h, const Block& block) {
-  const u32 mine = w.s.mine;
+// Outliers of a block's keys, of its own row and of its chain's first chunk: numbers, then what they are.
+INLINE void ask_key_entries(const Arguments& a, const Work& w, u64 id_and_head, const Block& block) {
   const int lane = w.lane;
-  const u64 id_and_head = (u64)block.id * a.H + h;
-  codes.ask(a, w, id_and_head);
-  if (lane < BASES / 16) copy16(mine + W_BASES + lane * 16, a.bases + (u64)column * BASES + lane * 16);
-  // Eight entries at a time: numbers, then what they are, of the block's own row and of its chain's first chunk.
+  // Eight at a time.
   constexpr int ROW = K_PLACES / 8, OWN = K_BASE / 8;
 #pragma unroll
   for (int first = 0; first < 2 * ROW; first += 32) {
@@ -182,8 +186,16 @@ INLINE void ask_keys(const Arguments& a, const Work& w, KeyCodes& codes, int col
     const u16* own = (side ? a.key_value : a.key_index) + id_and_head * K_BASE + 8 * at;
     const u16* chunk = (side ? a.spill_value : a.spill_index) + (u64)block.head * CHUNK + 8 * (at - OWN);
     if (piece < 2 * ROW && 8 * at < min(block.count, K_BASE + CHUNK))
-      copy16(mine + W_KEYS + piece * 16, at < OWN ? own : chunk);
+      copy16(w.s.mine + W_KEYS + piece * 16, at < OWN ? own : chunk);
   }
+}
+
+INLINE void ask_keys(const Arguments& a, const Work& w, KeyCodes& codes, int column, int h, const Block& block) {
+  const int lane = w.lane;
+  const u64 id_and_head = (u64)block.id * a.H + h;
+  codes.ask(a, w, id_and_head);
+  if (lane < BASES / 16) copy16(w.s.mine + W_BASES + lane * 16, a.bases + (u64)column * BASES + lane * 16);
+  ask_key_entries(a, w, id_and_head, block);
 }
 
 INLINE void ask_values(const Arguments& a, const Work& w, int h, const Block& block) {

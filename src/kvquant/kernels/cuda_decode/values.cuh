@@ -1,6 +1,6 @@
 // Sums of a block's values, but for outliers, and what a warp has summed so far.
 #pragma once
-#include "fetch.cuh"
+#include "value_outliers.cuh"
 
 // Values of tokens 16 r + 2 m (+ 1) and those eight further, times their weights.
 INLINE void add_values(float (*sums)[4], const Work& w, const Table<VB>& table, int m, const u32* weights) {

@@ -11,6 +11,8 @@ typedef unsigned short u16;
 
 INLINE float as_float(u32 x) { return __uint_as_float(x); }
 INLINE u32 as_word(float x) { return __float_as_uint(x); }
+// Keeps the compiler from working out beforehand, for all blocks, what follows from x: that would take a register, or worse.
+INLINE int anew(int x) { asm volatile("" : "+r"(x)); return x; }
 
 // -- two fp16 numbers --------------------------------------------------------------------------------------------
 INLINE u32 half_mul(u32 a, u32 b) { u32 r; asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b)); return r; }

@@ -159,8 +159,10 @@ def merge_parts(
         for whole, last in zip(found, of_sinks, strict=True):
             whole[programs:] = last
     merged = torch.empty_like(query, memory_format=torch.contiguous_format)
+    wide = 2 if programs > 32 * B else 1
     merge._merge_kernel[(B * Hq,)](
         *found, parts, merged, programs, H, SINKS=int(of_sinks is not None),
-        G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), EARLY=early, num_warps=4, **({"launch_pdl": True} if early else {}),
+        G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), STEP=32 * wide, EARLY=early,
+        num_warps=4 * wide, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return merged

@@ -205,6 +205,6 @@ def attend_exact_decode(
     merged = torch.empty_like(query)
     merge._merge_kernel[(B * Hq,)](
         best, total, out, parts, merged, programs, H, SINKS=0,
-        G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), EARLY=False, num_warps=1,
+        G=G, GP=GP, D=D, DP=triton.next_power_of_2(D), STEP=32, EARLY=False, num_warps=1,
     )  # fmt: skip
     return merged

@@ -24,12 +24,12 @@ def store_part(
 @triton.jit(do_not_specialize=["programs"])
 def _merge_kernel(
     part_best, part_total, part_out, parts, out, programs, H, SINKS: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EARLY: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Fold the parts of one query head; a part that saw nothing has -inf and counts for nothing.
 
     Parts are [programs, H, GP (, D)], those of a sequence in a row (shares.py); with SINKS one more for each sequence
-    stands behind them. EARLY: it is launched before the kernel that finds the parts ends.
+    stands behind them; STEP are looked at at once. EARLY: it is launched before the kernel that finds the parts ends.
     """
     if EARLY:
         gdc_wait()
@@ -41,11 +41,11 @@ def _merge_kernel(
     count = tl.load(parts + b * 2 + 1)
     every = count + SINKS
     d = tl.arange(0, DP)
-    part = tl.arange(0, 32)
+    part = tl.arange(0, STEP)
     highest = -float("inf")
     total = 0.0
     acc = tl.zeros((DP,), tl.float32)
-    for s in range(0, every, 32):
+    for s in range(0, every, STEP):
         inside = s + part < every
         place = tl.where(s + part < count, first + s + part, programs + b)
         row = (place * H + h) * GP + g
