@@ -80,7 +80,9 @@ def check_tiers(case: Case, device: str) -> None:
     assert sizes[: sizes.count(large)] == [large] * sizes.count(large) or allowed[0] == allowed[-1]
     rests = [size for size in sizes if size not in allowed]
     assert len(rests) <= len(case.lengths) and all(size < allowed[-1] for size in rests)
-    assert [size for size in sizes if size in allowed] == sorted((s for s in sizes if s in allowed), reverse=True)
+    assert [size for size in sizes if size in allowed] == sorted(
+        (s for s in sizes if s in allowed), reverse=True
+    )
     assert allowed[0] == allowed[-1] or sizes.count(large) <= case.at_once
     # Tiers have what they are for, less than a share of each sequence beside.
     for (sixteenths, _), size in zip(SIZES[:-1], allowed[:-1], strict=True):

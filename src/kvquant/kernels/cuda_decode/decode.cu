@@ -175,7 +175,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
         largest = fmaxf(largest, scale[i]);
       }
       float differences[4];
-      const float difference = V_ENTRIES > 0 ? Values(a, w, place, column, value_least).read(differences) : 0.f;
+      Values values(a, w, place, column, value_least);
+      const float difference = V_ENTRIES > 0 ? values.read(a, differences) : 0.f;
       const bool higher = (most[0] - seen.best[0]) * unit > SLACK || (most[1] - seen.best[1]) * unit > SLACK;
       const bool outgrown = (head < GN && higher) || largest > seen.size;
       const bool heap_is_full = V_ENTRIES > 0 && (difference > w.real(HEAP_MOST) || (column & 15) == 0);
@@ -236,7 +237,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       }
       if (V_ENTRIES > 0) {
         __syncwarp();
-        Values(a, w, place, column, value_least).add(differences, w.real(HEAP_FACTOR));
+        if (KB < 4) values = Values(a, w, place, column, value_least);  // or it would take registers that there are not
+        values.add(a, differences, w.real(HEAP_FACTOR));
       }
       __syncwarp();
 #pragma unroll

@@ -20,7 +20,12 @@ _CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
 class _LaunchAttribute(ctypes.Structure):
     """CUlaunchAttribute; its value is a union of 64 bytes, of which this attribute has an int."""
 
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_int * 15),
+    )
 
 
 class _LaunchConfig(ctypes.Structure):

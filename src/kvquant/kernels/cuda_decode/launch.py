@@ -38,11 +38,12 @@ from kvquant.kernels.triton_kernels.decode_call import (
 from kvquant.kernels.triton_kernels.lookup import INTERPRET
 from kvquant.kernels.triton_kernels.shares import places_of, programs_for, programs_of_tiers
 
-# Warps take further shares on their own as they end: see store_tiers. How many small shares make a large one, and blocks
-# of a small one at least: H200, 4, 3, 2 bits, 64 sequences of 32K tokens, us with six 1246, 1252, 1115, with three 1261,
-# 1271, 1137; at 4 and 2 bits, all of one size, 1450 and 1347 (of a form before). But 8 such sequences: 204, 200, 180 with
-# small ones of three blocks, 192, 189, 175 without: a share costs a start, an end and a part to merge.
-_TIERS, _FEWEST_SMALL = ((12, 1), (2, 4), (2, 12)), 2
+# Warps take further shares on their own as they end: see store_tiers. Multiprocessors differ by 8% in speed, and equal
+# shares wait for the slowest; but every share costs a start, an end and a part to merge. H200, eight sequences of 32K
+# tokens, 4 bits, us: 219 with one size; in one run 175.6 with these, 180.4 with 2/16 in fifths of three blocks at least,
+# 176.9 with 1/16 in sixths and 1/16 in single blocks; in another 179.5 with these, 187.5 with quarters for fifths, 199.5
+# with 2/16 in quarters, which end when large ones do.
+_TIERS, _FEWEST_SMALL = ((14, 1), (1, 5), (1, 8)), 2
 # Of more sequences than that is for, one round of shares of about one size.
 _ROUNDS, _FEWEST_BLOCKS = 1, 3
 # Blocks that each warp must have, or Triton's kernel is quicker. H200, eight KV heads, us in a graph at 4, 3, 2 bits: one
@@ -261,7 +262,5 @@ def attend_cuda_decode(
     )  # fmt: skip
     of_sinks = None
     if sinks is not None and sink_tokens:
-        of_sinks = attend_sinks(
-            q.float(), sinks, kv_lengths, rope, softmax_scale, softcap, window, H, GP
-        )
+        of_sinks = attend_sinks(q.float(), sinks, kv_lengths, rope, softmax_scale, softcap, window, H, GP)
     return merge_parts(query, found, parts, programs, of_sinks, early=query.is_cuda)

@@ -23,14 +23,13 @@ INLINE void add_value(u32 mine, u32 token, u32 channel, float scaled, bool live)
 // channel of the layer. What tokens before ``hidden`` left there may be any number: they count for nothing, or they would
 // be what the others are scaled by.
 struct Values {
-  const Arguments& a;
   u32 mine, id;
   int from, first, to, near_to, rest, lane, h, hidden;  // near_to: of those in registers
   float least;                                           // the first centroid
   bool closed;
 
   INLINE Values(const Arguments& a, const Work& w, int place, int column, float least)
-      : a(a), mine(w.s.mine), lane(w.lane), h(w.h), hidden(w.first_slot(a, column)), least(least) {
+      : mine(w.s.mine), lane(w.lane), h(w.h), hidden(w.first_slot(a, column)), least(least) {
     const Block block = w.block_at(place);
     id = block.id;
     first = block.first;
@@ -44,7 +43,7 @@ struct Values {
     const int e = from + lane + 32 * i;
     return e < near_to && (i > 0 || e >= first);
   }
-  INLINE float further(int e, u32& token, u32& channel) const {
+  INLINE float further(const Arguments& a, int e, u32& token, u32& channel) const {
     u32 number;
     float value;
     if (closed && e - from < V_PLACES) {
@@ -62,7 +61,7 @@ struct Values {
     return counts ? value_difference(mine, value, token, least) : 0.f;
   }
   // The largest difference that this lane has.
-  INLINE float read(float* difference) const {
+  INLINE float read(const Arguments& a, float* difference) const {
     float largest = 0.f;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -75,11 +74,11 @@ struct Values {
 #pragma unroll 1
     for (int e = rest + lane; e < to; e += 32) {
       u32 token, channel;
-      largest = fmaxf(largest, fabsf(further(e, token, channel)));
+      largest = fmaxf(largest, fabsf(further(a, e, token, channel)));
     }
     return largest;
   }
-  INLINE void add(const float* difference, float factor) const {
+  INLINE void add(const Arguments& a, const float* difference, float factor) const {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       if (i == 3 && from + 96 >= near_to) break;
@@ -89,7 +88,7 @@ struct Values {
 #pragma unroll 1
     for (int e = rest + lane; e < to; e += 32) {
       u32 token, channel;
-      const float delta = further(e, token, channel);
+      const float delta = further(a, e, token, channel);
       if (delta != 0.f) add_value(mine, token, channel, delta * factor, true);
     }
   }

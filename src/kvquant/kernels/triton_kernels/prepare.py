@@ -172,7 +172,9 @@ def _prepare_kernel(
             if PAIRS:
                 row = q_words + program * (GP + 3) * D
                 at = place * 2 + side
-                tl.store(row + g[None, :] * D + at[:, None], (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None])
+                tl.store(
+                    row + g[None, :] * D + at[:, None], (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None]
+                )
                 tl.store(row + GP * D + at, s.to(tl.float16), mask=n < UNITS)
                 tl.store(row + (GP + 1) * D + at, z.to(tl.float16), mask=n < UNITS)
                 tl.store(row + (GP + 2) * D + at, _least(s, z, key_centroids), mask=n < UNITS)
@@ -180,7 +182,9 @@ def _prepare_kernel(
                 at = affine + ((program * UNITS + n) * 4 + r) * 16 + side * 8 + k
                 tl.store(at, s.to(tl.float16), mask=n < UNITS)
                 tl.store(at + 4, z.to(tl.float16), mask=n < UNITS)
-                to = (((program * UNITS + n) * 2 + side)[:, None] * GP + g[None, :]) * 16 + (r * 4 + k)[:, None]
+                to = (((program * UNITS + n) * 2 + side)[:, None] * GP + g[None, :]) * 16 + (r * 4 + k)[
+                    :, None
+                ]
                 tl.store(q_words + to, (x / q_size).to(tl.float16), mask=(n < UNITS)[:, None])
     elif program < heads + ROWS:
         row = program - heads

@@ -108,7 +108,13 @@ def store_shares(
 
 @triton.jit
 def _of_tier(
-    blocks, rest, large, FEWEST: tl.constexpr, SIXTEENTHS: tl.constexpr, SMALLER: tl.constexpr, LAST: tl.constexpr
+    blocks,
+    rest,
+    large,
+    FEWEST: tl.constexpr,
+    SIXTEENTHS: tl.constexpr,
+    SMALLER: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     """Blocks of a share, and shares of each sequence, of ``blocks`` in all and ``rest`` that are left."""
     size = tl.minimum(tl.maximum(tl.cdiv(large, SMALLER), FEWEST), large)
