@@ -225,15 +225,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       // -- values: row q (+ 8) of tile i is a channel, two tokens a word ----------------------------------------------
       const Table<VB> v_table(w.s, lane, 1);
 #pragma unroll 1
-      for (int m = 0; m < 4; m++) {
+      for (int tiles = 0; tiles < 2; tiles++) {
         // Of split tokens, columns 0 to 3 are for tiles 0 and 1, and columns 4 to 7 for the others.
-        const bool ours = !SPLIT || q >> 2 == m >> 1;
-        const u32 first = weights[0], second = weights[1], both[2] = {ours ? first : 0, ours ? second : 0};
-        add_values(seen.sums, w, v_table, m, both);
+        const bool ours = !SPLIT || q >> 2 == tiles;
 #pragma unroll
-        for (int i = 0; i < 2 * TILES - 2; i++) weights[i] = weights[i + 2];
-        weights[2 * TILES - 2] = first;
-        weights[2 * TILES - 1] = second;
+        for (int m = 0; m < 2; m++) {
+          const u32 both[2] = {ours ? weights[2 * m] : 0, ours ? weights[2 * m + 1] : 0};
+          add_values(seen.sums, w, v_table, 2 * tiles + m, both);
+        }
+#pragma unroll
+        for (int i = 4; i < 2 * TILES; i++) weights[i - 4] = weights[i];
       }
       if (V_ENTRIES > 0) {
         __syncwarp();

@@ -216,14 +216,13 @@ INLINE void ask_values(const Arguments& a, const Work& w, int h, const Block& bl
     }
   }
   if (V_ENTRIES > 0) {
-    constexpr int ROW = V_PLACES / 8;
-    const u64 from = (u64)block.id * (BS * V_ENTRIES) + (block.first & ~7);
-    const int near = block.last - (block.first & ~7);
-#pragma unroll
-    for (int first = 0; first < 2 * ROW; first += 32) {
-      const int piece = first + lane, side = piece >= ROW, at = piece - side * ROW;
-      if (piece < 2 * ROW && 8 * at < near)
-        copy16(mine + W_VALUES + piece * 16, (side ? a.value_value : a.value_index) + from + 8 * at);
-    }
+    // Eight entries at a time: numbers by the first half of lanes, what they are by the other. Seldom are there more than
+    // 128, and a second copy that few lanes take costs more than the first.
+    const int side = lane >> 4, piece = lane & 15, near = block.last - (block.first & ~7);
+    const u16* from = (side ? a.value_value : a.value_index) + (u64)block.id * (BS * V_ENTRIES) + (block.first & ~7);
+    const u32 to = mine + W_VALUES + side * 2 * V_PLACES;
+    if (8 * piece < near) copy16(to + piece * 16, from + 8 * piece);
+    if (V_PLACES > 128 && near > 128 && piece < V_PLACES / 8 - 16 && 128 + 8 * piece < near)
+      copy16(to + 256 + piece * 16, from + 128 + 8 * piece);
   }
 }

@@ -130,7 +130,7 @@ INLINE void add_all_scores(float (*s)[4], const Work& w, const Table<KB>& table,
 #pragma unroll 1
   for (int n = 0; n < 4; n += 2) {
     add_scores<SLOW>(s, w, table, codes, n, places, shifts);
-    codes.turn();
+    if (n == 0) codes.turn();
   }
   if (SLOW)
 #pragma unroll
