@@ -36,6 +36,8 @@ CASES = {
         (70, 130), head_dim=128, groups=4, theta=500_000.0, scaling=1.3, dtype=torch.bfloat16
     ),
     "slow pairs, 2 bits": Case((1, 130), bits=2, head_dim=128, groups=8, theta=1e6, dtype=torch.bfloat16),
+    # Twelve warps take a second and a third share, of one block, two and three.
+    "many shares": Case((64 * 34, 700, 64, 1), bits=4, head_dim=128, heads=1, groups=4),
     # A warp's share is all of it: more blocks than are described at once, and scores that grow far.
     "one program": Case((1100,), bits=2, head_dim=128, heads=1, groups=8),
     # Wide scores have errors that single heads make, a hundred times the median one: of 120 heads (420 to 700 tokens) the
@@ -51,6 +53,14 @@ MUTATIONS = {
     "blocks are read before they are described": (
         "      if (left == 1) copies_arrive();\n",
         "",
+    ),
+    "a share is taken before it is known": (
+        "    wait_for_older_copies();  // of what the share's scores need\n",
+        "",
+    ),
+    "a share's row is not waited for": (
+        "            copies_arrive();\n            if (share_ends &&",
+        "            if (share_ends &&",
     ),
     "a score's outliers are lost": (
         "s[2 * j + (i >> 1)][2 * (i & 1) + x] += (float)(int)word[i] * back",
@@ -74,8 +84,8 @@ def attend(call: Any, order: int, late: bool, source: str | None = None) -> torc
     def run(kernel: int, arguments: Any, *, grid: int, **_: Any) -> None:
         cuda_on_cpu.run(chosen[-1], arguments, grid=grid, order=order, late=late, source=source)
 
-    # Two multiprocessors of an H200.
-    device = SimpleNamespace(multi_processor_count=2, shared_memory_per_block_optin=227 << 10)
+    # One or two multiprocessors of an H200.
+    device = SimpleNamespace(multi_processor_count=call.multiprocessors, shared_memory_per_block_optin=227 << 10)
     torch.cuda.get_device_properties = lambda _: device  # type: ignore[assignment, return-value]
     launch._build, launch.launch = build, run  # type: ignore[assignment]
     step = call.step
@@ -87,6 +97,7 @@ def call_of(name: str) -> Any:
     """The call of a case."""
     call = decode_call(CASES[name], "cpu")
     call.programs = 1 if name.startswith("one program") else None
+    call.multiprocessors = 1 if name.startswith("many") else 2
     if name.endswith("left"):
         leave_anything(call)
     if name.endswith("wide scores"):
@@ -156,8 +167,8 @@ def check_slow_pairs() -> None:
 def check_mutations() -> None:
     import cuda_on_cpu
 
-    call = call_of("one program, wide scores")
     for what, (old, new) in MUTATIONS.items():
+        call = call_of("many shares" if "share" in what else "one program, wide scores")
         source = cuda_on_cpu.mutated(old, new)
         first, *others = (attend(call, *schedule, source=source) for schedule in SCHEDULES)
         assert not error_of(call, first) <= 2 or not all(torch.equal(first, other) for other in others), what

@@ -64,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
   __syncthreads();
 
   while (w.number(NEXT_HEAD) >= 0) {
+    wait_for_older_copies();  // of what the share's scores need
     int column = w.take_next(), known = 0;  // of what comes after these eight blocks: its share, numbers, descriptions
     Seen seen;
     for (; column < w.number(END); column++) {
