@@ -85,7 +85,9 @@ def attend(call: Any, order: int, late: bool, source: str | None = None) -> torc
         cuda_on_cpu.run(chosen[-1], arguments, grid=grid, order=order, late=late, source=source)
 
     # One or two multiprocessors of an H200.
-    device = SimpleNamespace(multi_processor_count=call.multiprocessors, shared_memory_per_block_optin=227 << 10)
+    device = SimpleNamespace(
+        multi_processor_count=call.multiprocessors, shared_memory_per_block_optin=227 << 10
+    )
     torch.cuda.get_device_properties = lambda _: device  # type: ignore[assignment, return-value]
     launch._build, launch.launch = build, run  # type: ignore[assignment]
     step = call.step

@@ -75,10 +75,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
 
       // -- scores: row q (+ 8) of tile m is token 8q + 2m (+ 1), columns 2r and 2r + 1 are `head` and the next ----
       wait_for_older_copies();  // of keys
-      if (K_BASE > 0) {
-        const Block block = w.block_at(place);
-        add_keys_of_block(a, w.s, lane, block.count, block.head, w.real(INVERSE_SIZE), w.real(SCORE_UNIT) * SCORE_FRACTION);
-      }
+      if (K_BASE > 0) add_keys_of_block(a, w, w.block_at(place));
       if (left <= 2) {
         if (known == 0 && share_ends && lane == 0) w.ask_share(a, next + gridDim.x * WARPS);
         known = max(known, 1);

@@ -25,7 +25,7 @@
 #define W_RANGES (W_BASES + BASES)                 // scales of its values, then zeros
 #define W_KEYS (W_RANGES + 256)                   // outliers: numbers, then what they are
 #define W_VALUES (W_KEYS + 4 * K_PLACES)
-#define V_PLACES (KB == 2 ? 128 : 176)             // what there is room for beside twelve warps
+#define V_PLACES (KB == 2 ? 128 : 176)            // what there is room for beside twelve warps
 #define CHUNK 32                                  // entries of a chunk of a chain
 #define W_SCORES (W_VALUES + 4 * V_PLACES)        // of the keys' outliers, in fixed point: a row for each head
 // Eight lanes' sixteen bytes lie in different banks.

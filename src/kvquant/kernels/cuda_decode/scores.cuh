@@ -7,7 +7,7 @@
 // with queries that carry what does not depend on the token. Two multiplications of two numbers each are all that a pair
 // of keys costs beside its look-up. Where half of the pairs turn slowly (prepare.py) theirs cost one, and no angles.
 #pragma once
-#include "fetch.cuh"
+#include "key_outliers.cuh"
 
 // What two pairs of each lane of a unit are multiplied with: the query, turned back to the block's middle.
 struct Turned {

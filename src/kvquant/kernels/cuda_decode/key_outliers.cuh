@@ -1,9 +1,9 @@
-// Outliers: each adds its difference to what code 0 decodes to, to a token's scores or to a channel's sums.
+// Outliers of keys: each adds its difference to what code 0 decodes to, times the query, to its token's scores.
 //
 // They are added in shared memory, as whole numbers: atomics of those give the same sum in every order. An entry is
 // number slot * D + channel and what is kept.
 #pragma once
-#include "look_up.cuh"
+#include "fetch.cuh"
 
 #define SCORE_FRACTION 16384.f  // of a score, log2
 #define LARGEST_SCORE 67108864.f  // of one outlier, in these units: sums of 16 fit
@@ -53,11 +53,11 @@ INLINE void add_keys(const Shared& s, const u32* number, const float* value, con
 }
 
 // All of a block's: its own row and the first chunk of its chain lie in shared memory, further chunks are fetched.
-template <class Arguments>
-INLINE void add_keys_of_block(const Arguments& a, const Shared& s, int lane, int count, int chunk, float inverse_size,
-                              float unit) {
+INLINE void add_keys_of_block(const Arguments& a, const Work& w, const Block& block) {
+  const Shared& s = w.s;
+  const float inverse_size = w.real(INVERSE_SIZE), unit = w.real(SCORE_UNIT) * SCORE_FRACTION;
+  const int lane = w.lane, near = min(block.count, K_BASE + CHUNK);
   const u32 at = s.mine + W_KEYS + lane * 2;  // the last lanes may look behind the entries, and are not live
-  const int near = min(count, K_BASE + 32);
   u32 number[3];
   float value[3];
   bool live[3];
@@ -76,10 +76,10 @@ INLINE void add_keys_of_block(const Arguments& a, const Shared& s, int lane, int
     add_keys<1>(s, number, value, live, inverse_size, unit);
   }
 #pragma unroll 1
-  for (int left = count - K_BASE - 32; left > 0; left -= 32) {
+  for (int left = block.count - K_BASE - CHUNK, chunk = block.head; left > 0; left -= CHUNK) {
     chunk = a.spill_next[chunk];
-    number[0] = a.spill_index[(u64)chunk * 32 + lane];
-    value[0] = kept(a.spill_value[(u64)chunk * 32 + lane]);
+    number[0] = a.spill_index[(u64)chunk * CHUNK + lane];
+    value[0] = kept(a.spill_value[(u64)chunk * CHUNK + lane]);
     live[0] = lane < left;
     add_keys<1>(s, number, value, live, inverse_size, unit);
   }
