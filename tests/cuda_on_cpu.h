@@ -205,7 +205,6 @@ INLINE uint4 stream(const void* p) { uint4 r; std::memcpy(&r, p, 16); return r; 
 #define __syncwarp() host::meet(host::warp(), 32, __LINE__, [] {})
 #define __syncthreads() host::meet(host::machine.all, 32 * WARPS, __LINE__, [] {})
 #define wait_for_older_copies() (host::wait(1), __syncwarp())
-#define wait_for_copies() host::arrive()
 #define copies_arrive() (host::arrive(), __syncwarp())
 #define wait_for_kernel_before()
 

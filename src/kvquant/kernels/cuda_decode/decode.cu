@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
         w.ask_head(a);
       } else {
         w.ask_description(a, place, 0, true);
-        const Block block = {w.block_at(place).id, K_BASE, 0, 0, 0};  // what there is without a description
+        const Block block = {w.number_at(place), K_BASE, 0, 0, 0};  // what there is without a description
         ask_keys(a, w, codes, w.next_begin(), w.number(NEXT_HEAD), block);
       }
     }
@@ -183,6 +183,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
           Heap heap = {w.real(HEAP_MOST), w.real(HEAP_FACTOR)};
           if (heap.most > 0.f) heap.move(seen.sums, mine, seen.size, lane);
           heap.fit(difference);
+          __syncwarp();
           w.keep(HEAP_MOST, as_word(heap.most));
           w.keep(HEAP_FACTOR, as_word(heap.factor));
           __syncwarp();

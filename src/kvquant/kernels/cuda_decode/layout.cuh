@@ -2,7 +2,7 @@
 //
 // A compilation sets KB, VB (bits of keys and values), G and GN (query heads of a KV head; as a power of two), BF16,
 // WARPS, K_BASE (outliers in a block's own row), K_PLACES (those and a chunk of 32; 96 at least), V_ENTRIES (outliers of
-// a token's values), HAS_WINDOW and HAS_SOFTCAP.
+// a token's values), V_PLACES (of a head's values of a block; 128 at least), HAS_WINDOW and HAS_SOFTCAP.
 #pragma once
 #include "words.cuh"
 
@@ -25,7 +25,6 @@
 #define W_RANGES (W_BASES + BASES)                 // scales of its values, then zeros
 #define W_KEYS (W_RANGES + 256)                   // outliers: numbers, then what they are
 #define W_VALUES (W_KEYS + 4 * K_PLACES)
-#define V_PLACES (KB == 2 ? 128 : 176)            // what there is room for beside twelve warps
 #define CHUNK 32                                  // entries of a chunk of a chain
 #define W_SCORES (W_VALUES + 4 * V_PLACES)        // of the keys' outliers, in fixed point: a row for each head
 // Eight lanes' sixteen bytes lie in different banks.

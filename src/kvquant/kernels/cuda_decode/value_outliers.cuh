@@ -18,8 +18,8 @@ INLINE void add_value(u32 mine, u32 token, u32 channel, float scaled, bool live)
       add(mine + W_OUT + (g * OUT_ROW + OUT_PLACE(channel)) * 4, to_int(as_float(weight[g]) * scaled));
 }
 
-// Entries of a block's values. A closed block lists each head's together, of which the first V_PLACES lie in shared
-// memory and of these the first 128 in registers; an open one all heads', token by token, V_ENTRIES each, numbered by
+// Entries of a block's values. A closed block lists each head's together, of which the first V_PLACES or up to seven fewer
+// (copies begin at multiples of eight) lie in shared memory and of these the first 128 in registers; an open one all heads', token by token, V_ENTRIES each, numbered by
 // channel of the layer. What tokens before ``hidden`` left there may be any number: they count for nothing, or they would
 // be what the others are scaled by.
 struct Values {
@@ -94,7 +94,7 @@ struct Values {
   }
 };
 
-// Sums of differences of values in fixed point, until they are moved to where the others are. No difference is larger
+// Sums of differences of values in fixed point, until they are moved to where the others are, or a part is stored. No difference is larger
 // than ``most``; ``factor`` makes whole numbers of a difference times a weight. Weights are up to 2^14, so that one addend
 // is up to 2^20, and 16 blocks of 64 tokens fit.
 struct Heap {

@@ -86,11 +86,10 @@ INLINE void wait_for_older_copies() {  // all groups but the latest have come
   asm volatile("cp.async.wait_group 1;" ::: "memory");
   __syncwarp();
 }
-INLINE void copies_arrive() {
+INLINE void copies_arrive() {  // all of them
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncwarp();
 }
-INLINE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 INLINE uint4 stream(const void* p) {
   uint4 r;
   asm volatile("ld.global.L1::no_allocate.v4.b32 {%0,%1,%2,%3},[%4];"

@@ -22,7 +22,7 @@ struct Block {  // of a column of the block table
 
 enum State {
   END, LENGTH, PART, SEQUENCE, SCORE_UNIT, INVERSE_SIZE, HEAP_MOST, HEAP_FACTOR,
-  NEXT_LENGTH, NEXT_HEAD, NEXT_UNIT, NEXT_INVERSE,  // of the share after this one; its head is -1 where there is none
+  NEXT_LENGTH, NEXT_HEAD, NEXT_UNIT, NEXT_INVERSE,  // of the share after this one, once it is asked for; head -1: none
 };
 
 // A warp's work, blocks of a head of a sequence.
@@ -64,7 +64,7 @@ struct Work {
     if (lane < 8 && lane < count) {
       const u32 to = s.mine + W_COLUMNS + (place + lane) * 16;
       const int head = of_next_share ? number(NEXT_HEAD) : h;
-      const u64 at = (u64)load(to) * a.H + head;
+      const u64 at = (u64)number_at(place + lane) * a.H + head;
       copy4(to + 4, a.key_count + at);
       copy4(to + 8, a.spill_head + at);
       copy4(to + 12, a.value_end + at);
@@ -72,6 +72,7 @@ struct Work {
       else store(s.mine + W_FIRSTS + (place + lane) * 4, 0);
     }
   }
+  INLINE u32 number_at(int place) const { return load(s.mine + W_COLUMNS + place * 16); }
   INLINE Block block_at(int place) const {
     u32 x[4];
     load4(x, s.mine + W_COLUMNS + place * 16);

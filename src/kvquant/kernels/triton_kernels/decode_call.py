@@ -68,11 +68,12 @@ def prepare_call(
     def empty(*shape: int, dtype: torch.dtype = half) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=query.device)
 
+    heads = empty(BH, GP + 3, D) if pairs else empty(BH, units, GP, 4, 8)
     prepared = (
-        empty(BH, GP + 3, D) if pairs else empty(BH, units, GP, 4, 8),
-        empty(BH, D, GP),
-        empty(BH, units, 4, 16),
-        empty(BH, D, dtype=wide),
+        heads,
+        heads if pairs else empty(BH, D, GP),
+        heads if pairs else empty(BH, units, 4, 16),
+        heads if pairs else empty(BH, D, dtype=wide),
         empty(BH, 2, dtype=wide),
         empty(units, rows // 16, 64, 8),
         empty(max(bases, 1), units, 4, 8),
@@ -151,7 +152,7 @@ def merge_parts(
         parts: int32 [B + 1, 2], see shares.py.
         programs: rows of ``found`` that are of programs.
         of_sinks: what :func:`attend_sinks` gave, written behind them; None: there are none.
-        early: launch the merge before the kernel before it ends; only where that is what finds the parts.
+        early: launch the merge before the kernel before it ends, which it then waits for.
     """
     B, Hq, D = query.shape
     H, GP = found[0].shape[1:]

@@ -89,7 +89,7 @@ def _prepare_kernel(
     # [BH, units, 4 r, (scale x, zero x, scale y, zero y) * 4 k], fp32 [BH, D], fp32 [BH, 2],
     # [units, ROWS / 16, 64 threads, (cos, sin) * 4 k], [M, units, (cos, sin), 4 r, 4 k], fp32 [M, (cos, sin), D/2],
     # int32 [(keys, values), (low, high bytes), 2 copies, 4], shares and parts (shares.py); M counts ROWS tokens each.
-    # With PAIRS, for the CUDA kernel: in the place of the first, of each head GP rows of queries and one each of scales,
+    # With PAIRS, for the CUDA kernel: in the place of the first four, of each head GP rows of queries and one each of scales,
     # zeros and what code 0 means, (x, y) last; angles and the table in front of shares as of _store_pair_angles; bases
     # with (cos, sin) last.
     q_words, q_half, affine, floor, unit, angles, bases, wide_bases, look_up, shares, parts,

@@ -134,7 +134,7 @@ def store_tiers(
     ``at_once``, then ever smaller ones, which end evenly.
 
     Each of the COUNT TIERS is (sixteenths of a sequence's blocks, how many of its shares make a large one); the last one takes
-    what is left. Shares have FEWEST blocks at least. They are :func:`programs_of_tiers` at most.
+    what is left. Shares have FEWEST blocks at least, but for large ones that are smaller and a sequence's last. They are :func:`programs_of_tiers` at most.
     """
     i = tl.arange(0, SEQUENCES)
     start, blocks = _visible_blocks(i, kv_lengths, sequences, window, sink_tokens, BS, HAS_WINDOW)
