@@ -36,7 +36,7 @@ CASES = {
         (70, 130), head_dim=128, groups=4, theta=500_000.0, scaling=1.3, dtype=torch.bfloat16
     ),
     "slow pairs, 2 bits": Case((1, 130), bits=2, head_dim=128, groups=8, theta=1e6, dtype=torch.bfloat16),
-    # Twelve warps take a second and a third share, of one block, two and three.
+    # Twelve warps take a second share, of one block to three.
     "many shares": Case((64 * 34, 700, 64, 1), bits=4, head_dim=128, heads=1, groups=4),
     # A warp's share is all of it: more blocks than are described at once, and scores that grow far.
     "one program": Case((1100,), bits=2, head_dim=128, heads=1, groups=8),
@@ -98,7 +98,7 @@ def attend(call: Any, order: int, late: bool, source: str | None = None) -> torc
 def call_of(name: str) -> Any:
     """The call of a case."""
     call = decode_call(CASES[name], "cpu")
-    call.programs = 1 if name.startswith("one program") else None
+    call.programs = {"one": 1, "many": 20}.get(name.split()[0])
     call.multiprocessors = 1 if name.startswith("many") else 2
     if name.endswith("left"):
         leave_anything(call)

@@ -74,8 +74,10 @@ def check_tiers(case: Case, device: str) -> None:
         assert found == list(range(seen, -(-length // case.block_size)))
         every += len(found)
     sizes = [end - begin for _, begin, end, _ in shares[:used]]
-    large = max(1, -(-12 * every // (16 * case.at_once)))
-    allowed = [min(large, max(-(-large // smaller), FEWEST_BLOCKS)) for _, smaller in SIZES]
+    large, fewest = -(-12 * every // (16 * case.at_once)), FEWEST_BLOCKS
+    if large < 12:  # all of one size
+        large = fewest = max(1, -(-every // case.at_once))
+    allowed = [min(large, max(-(-large // smaller), fewest)) for _, smaller in SIZES]
     # In the order in which they are taken, each size is one of these, but for the last share of a sequence.
     assert sizes[: sizes.count(large)] == [large] * sizes.count(large) or allowed[0] == allowed[-1]
     rests = [size for size in sizes if size not in allowed]
