@@ -184,7 +184,7 @@ def _met(cases: Sequence[Case]) -> str:
         widths = [bits for bits, speedups in reached.items() if speedups and speedups[0] >= DECODE_AIM]
         if widths:
             found.append(f"{case.shape}, {case.words()} (at {_listed(widths, 'd')} bits)")
-    return f"by {' and '.join(found)}, and by no other of them" if found else "at no width"
+    return f"by {'; '.join(found)}; and by no other of them" if found else "at no width"
 
 
 def _said_of_ragged(cases: Sequence[Case]) -> list[str]:
