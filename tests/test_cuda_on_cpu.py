@@ -36,6 +36,10 @@ CASES = {
         (70, 130), head_dim=128, groups=4, theta=500_000.0, scaling=1.3, dtype=torch.bfloat16
     ),
     "slow pairs, 2 bits": Case((1, 130), bits=2, head_dim=128, groups=8, theta=1e6, dtype=torch.bfloat16),
+    # An outlier of these keys adds a thousand to a score's logarithm.
+    "outliers, wide scores": Case(
+        (93, 128, 20, 128), bits=3, value_bits=4, head_dim=128, heads=4, groups=6, fraction=0.05, theta=1e6
+    ),
     # Twelve warps take a second share, of one block to three.
     "many shares": Case((64 * 34, 700, 64, 1), bits=4, head_dim=128, heads=1, groups=4),
     # A warp's share is all of it: more blocks than are described at once, and scores that grow far.
@@ -46,27 +50,29 @@ CASES = {
 }
 # Lanes forwards and copies at once; backwards and late; from changing ones on, and late.
 SCHEDULES = ((0, False), (1, True), (7, True))
-# What must be noticed, by an error or by a result that depends on the schedule.
+# What must be noticed in a case, by an error or by a result that depends on the schedule.
 MUTATIONS = {
-    "keys are not waited for": ("      wait_for_older_copies();  // of keys\n", ""),
-    "values are not waited for": ("      wait_for_older_copies();  // of values\n", ""),
-    "blocks are read before they are described": (
-        "      if (left == 1) copies_arrive();\n",
-        "",
-    ),
-    "a share is taken before it is known": (
-        "    wait_for_older_copies();  // of what the share's scores need\n",
-        "",
-    ),
-    "a share's row is not waited for": (
-        "            copies_arrive();\n            if (share_ends &&",
-        "            if (share_ends &&",
-    ),
-    "a score's outliers are lost": (
-        "s[2 * j + (i >> 1)][2 * (i & 1) + x] += (float)(int)word[i] * back",
-        "",
-    ),
-    "sums are not scaled anew": ("        sums[i][x] *= fade * keep;\n", ""),
+    "one program, wide scores": {
+        "keys are not waited for": ("      wait_for_older_copies();  // of keys\n", ""),
+        "values are not waited for": ("      wait_for_older_copies();  // of values\n", ""),
+        "blocks are read before they are described": ("      if (left == 1) copies_arrive();\n", ""),
+        "a score's outliers are lost": (
+            "s[2 * j + (i >> 1)][2 * (i & 1) + x] += (float)(int)word[i] * back",
+            "",
+        ),
+        "sums are not scaled anew": ("        sums[i][x] *= fade * keep;\n", ""),
+    },
+    "many shares": {
+        "a share is taken before it is known": (
+            "    wait_for_older_copies();  // of what the share's scores need\n",
+            "",
+        ),
+        "a share's row is not waited for": (
+            "            copies_arrive();\n            if (share_ends &&",
+            "            if (share_ends &&",
+        ),
+    },
+    "outliers, wide scores": {"large outliers are cut short": ("134217728.f", "67108864.f")},
 }
 
 
@@ -169,11 +175,12 @@ def check_slow_pairs() -> None:
 def check_mutations() -> None:
     import cuda_on_cpu
 
-    for what, (old, new) in MUTATIONS.items():
-        call = call_of("many shares" if "share" in what else "one program, wide scores")
-        source = cuda_on_cpu.mutated(old, new)
-        first, *others = (attend(call, *schedule, source=source) for schedule in SCHEDULES)
-        assert not error_of(call, first) <= 2 or not all(torch.equal(first, other) for other in others), what
+    for name, mutations in MUTATIONS.items():
+        call = call_of(name)
+        for what, (old, new) in mutations.items():
+            source = cuda_on_cpu.mutated(old, new)
+            first, *others = (attend(call, *schedule, source=source) for schedule in SCHEDULES)
+            assert not error_of(call, first) <= 2 or not all(torch.equal(first, x) for x in others), what
 
 
 if __name__ == "__main__":

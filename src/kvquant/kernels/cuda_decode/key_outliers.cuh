@@ -6,7 +6,8 @@
 #include "fetch.cuh"
 
 #define SCORE_FRACTION 16384.f  // of a score, log2
-#define LARGEST_SCORE 67108864.f  // of one outlier, in these units: sums of 16 fit
+// Of one outlier, in these units, before it meets the query, whose components are a half at most: sums of 32 fit.
+#define LARGEST_SCORE 134217728.f
 
 // Entries of the keys, N of each lane. ``unit``: what a difference relative to the largest key, times a query, is worth.
 template <int N>
