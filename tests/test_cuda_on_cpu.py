@@ -36,10 +36,8 @@ CASES = {
         (70, 130), head_dim=128, groups=4, theta=500_000.0, scaling=1.3, dtype=torch.bfloat16
     ),
     "slow pairs, 2 bits": Case((1, 130), bits=2, head_dim=128, groups=8, theta=1e6, dtype=torch.bfloat16),
-    # An outlier of these keys adds a thousand to a score's logarithm.
-    "outliers, wide scores": Case(
-        (93, 128, 20, 128), bits=3, value_bits=4, head_dim=128, heads=4, groups=6, fraction=0.05, theta=1e6
-    ),
+    # An outlier of these keys adds thousands to a score's logarithm.
+    "outliers, wide scores": Case((100,), bits=4, head_dim=128, heads=4, groups=4, fraction=0.05),
     # Twelve warps take a second share, of one block to three.
     "many shares": Case((64 * 34, 700, 64, 1), bits=4, head_dim=128, heads=1, groups=4),
     # A warp's share is all of it: more blocks than are described at once, and scores that grow far.
@@ -109,7 +107,7 @@ def call_of(name: str) -> Any:
     if name.endswith("left"):
         leave_anything(call)
     if name.endswith("wide scores"):
-        call.query.mul_(8)
+        call.query.mul_(16 if name.startswith("outliers") else 8)
     return call
 
 
@@ -179,7 +177,8 @@ def check_mutations() -> None:
         call = call_of(name)
         for what, (old, new) in mutations.items():
             source = cuda_on_cpu.mutated(old, new)
-            first, *others = (attend(call, *schedule, source=source) for schedule in SCHEDULES)
+            first = attend(call, *SCHEDULES[0], source=source)
+            others = (attend(call, *schedule, source=source) for schedule in SCHEDULES[1:])
             assert not error_of(call, first) <= 2 or not all(torch.equal(first, x) for x in others), what
 
 
