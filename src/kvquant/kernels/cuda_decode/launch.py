@@ -46,10 +46,9 @@ from kvquant.kernels.triton_kernels.shares import places_of, programs_for, progr
 _TIERS, _FEWEST_SMALL = ((14, 1), (1, 5), (1, 8)), 2
 # Of more sequences than that is for, one round of shares of about one size.
 _ROUNDS, _FEWEST_BLOCKS = 1, 3
-# Blocks that each warp must have, or Triton's kernel is quicker. H200, eight KV heads, us in a graph at 4, 3, 2 bits (of a
-# form before, with shares of one size, as they are again with so few blocks): one
-# sequence of 32K tokens, 2.6 blocks for each of 1,584 warps, 54, 56, 51 and Triton's 52, 48, 45; eight sequences of 8K,
-# 5.2 blocks, 65, 65, 61 and 86, 85, 77.
+# Blocks that each warp must have, or Triton's kernel is quicker. H200, eight KV heads, us in a graph at 4, 3, 2 bits, of a
+# form before that had shares of one size, as there are again of so few blocks: one sequence of 32K tokens, 2.6 blocks for
+# each of 1,584 warps, 54, 56, 51 and Triton's 52, 48, 45; eight sequences of 8K, 5.2 blocks, 65, 65, 61 and 86, 85, 77.
 _FEWEST_FOR_A_WARP = 3.5
 OLDEST = (9, 0)  # on an A100 it compiles, and was not run
 
