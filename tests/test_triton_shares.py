@@ -79,7 +79,7 @@ def check_tiers(case: Case, device: str) -> None:
         large = fewest = max(1, -(-every // case.at_once))
     allowed = [min(large, max(-(-large // smaller), fewest)) for _, smaller in SIZES]
     # In the order in which they are taken, each size is one of these, but for the last share of a sequence.
-    assert sizes[: sizes.count(large)] == [large] * sizes.count(large) or allowed[0] == allowed[-1]
+    assert sizes[: sizes.count(large)] == [large] * sizes.count(large)
     rests = [size for size in sizes if size not in allowed]
     assert len(rests) <= len(case.lengths) and all(size < allowed[-1] for size in rests)
     assert [size for size in sizes if size in allowed] == sorted(

@@ -40,7 +40,7 @@ from kvquant.kernels.triton_kernels.shares import places_of, programs_for, progr
 
 # Warps take further shares on their own as they end: see store_tiers. Multiprocessors differ by 8% in speed, and equal
 # shares wait for the slowest; but every share costs a start, an end and a part to merge. H200, eight sequences of 32K
-# tokens, 4 bits, us: 219 with one size; in one run 175.6 with these, 180.4 with 2/16 in fifths of three blocks at least,
+# tokens, 4 bits, us: in one run 175.6 with these, 180.4 with 2/16 in fifths of three blocks at least,
 # 176.9 with 1/16 in sixths and 1/16 in single blocks; in another 179.5 with these, 187.5 with quarters for fifths, 199.5
 # with 2/16 in quarters, which end when large ones do.
 _TIERS, _FEWEST_SMALL = ((14, 1), (1, 5), (1, 8)), 2

@@ -118,6 +118,7 @@ def _of_tier(
     rest,
     large,
     fewest,
+    of_one_size,
     SIXTEENTHS: tl.constexpr,
     SMALLER: tl.constexpr,
     LAST: tl.constexpr,
@@ -127,7 +128,7 @@ def _of_tier(
     if LAST:
         return size, tl.cdiv(rest, size)
     else:
-        return size, blocks * SIXTEENTHS // 16 // size
+        return size, tl.minimum(rest, tl.where(of_one_size, blocks, blocks * SIXTEENTHS // 16)) // size
 
 
 @triton.jit
@@ -141,19 +142,20 @@ def store_tiers(
 
     Each of the COUNT TIERS is (sixteenths of a sequence's blocks, how many of its shares make a large one); the last one
     takes what is left. Shares have FEWEST blocks at least, but for a sequence's last. Where blocks are few, all shares
-    are of one size. They are :func:`programs_of_tiers` at most.
+    are of one size, and what is left of sequences comes last. They are :func:`programs_of_tiers` at most.
     """
     i = tl.arange(0, SEQUENCES)
     start, blocks = _visible_blocks(i, kv_lengths, sequences, window, sink_tokens, BS, HAS_WINDOW)
     own = i == b
     large = tl.cdiv(tl.sum(blocks, 0) * TIERS[0][0], at_once * 16)
-    fewest = FEWEST
-    if large < _FEWEST_OF_LARGE:
-        large = tl.maximum(tl.cdiv(tl.sum(blocks, 0), at_once), 1)
-        fewest = large
+    of_one_size = large < _FEWEST_OF_LARGE
+    large = tl.where(of_one_size, tl.maximum(tl.cdiv(tl.sum(blocks, 0), at_once), 1), large)
+    fewest = tl.where(of_one_size, large, FEWEST)
     every, rest = tl.zeros_like(blocks), blocks
     for tier in tl.static_range(COUNT):
-        size, count = _of_tier(blocks, rest, large, fewest, TIERS[tier][0], TIERS[tier][1], tier == COUNT - 1)
+        size, count = _of_tier(
+            blocks, rest, large, fewest, of_one_size, TIERS[tier][0], TIERS[tier][1], tier == COUNT - 1
+        )
         every += count
         rest -= count * size
     first = _own(every, i < b)
@@ -164,7 +166,9 @@ def store_tiers(
     begin = _own(start, own)
     rest = blocks
     for tier in tl.static_range(COUNT):
-        size, count = _of_tier(blocks, rest, large, fewest, TIERS[tier][0], TIERS[tier][1], tier == COUNT - 1)
+        size, count = _of_tier(
+            blocks, rest, large, fewest, of_one_size, TIERS[tier][0], TIERS[tier][1], tier == COUNT - 1
+        )
         own_count = _own(count, own)
         _store_run(shares, b, order + _own(count, i < b), first, begin, size, own_end, own_count)
         order += tl.sum(count, 0)
