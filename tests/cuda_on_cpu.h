@@ -128,6 +128,7 @@ INLINE int min(int a, int b) { return a < b ? a : b; }
 INLINE int max(int a, int b) { return a > b ? a : b; }
 
 INLINE int anew(int x) { return x; }
+INLINE void stay_a_branch() {}
 INLINE float as_float(u32 x) { float r; std::memcpy(&r, &x, 4); return r; }
 INLINE u32 as_word(float x) { u32 r; std::memcpy(&r, &x, 4); return r; }
 INLINE u32 __byte_perm(u32 a, u32 b, u32 selector) {
@@ -160,6 +161,8 @@ INLINE u32 high_twice(u32 a) { return (a >> 16) * 0x10001u; }
 INLINE u32 quarter_turn(u32 a) { return (a >> 16 | a << 16) ^ 0x80000000u; }
 INLINE float fast_exp2(float x) { return std::exp2(x); }
 INLINE float reciprocal(float x) { return 1.f / x; }
+INLINE float log_2(float x) { return std::log2(x); }
+INLINE float power_of_two(float x) { return as_float((as_word(x) & 0x7f800000u) + 0x01000000u); }
 INLINE int to_int(float x) {
   return std::isnan(x) ? 0 : (int)std::nearbyint(std::fmin(std::fmax(x, -2147483648.f), 2147483520.f));
 }
@@ -170,6 +173,7 @@ INLINE float kept(u16 x) {
   return half_float(x);
 #endif
 }
+INLINE float kept_of(u32 two, bool upper) { return kept((u16)(two >> 16 * upper)); }
 
 INLINE u32 load(u32 at) { return host::at<u32>(at); }
 INLINE u16 load_half(u32 at) { return host::at<u16>(at); }

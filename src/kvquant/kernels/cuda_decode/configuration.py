@@ -20,7 +20,7 @@ _MOST_WARPS = 12
 _TABLE_AT, _RESERVED = 1 << 16, 1 << 10  # the look-up table's address, and what of shared memory is not ours
 _TABLE, _NARROW_TABLE = 1 << 16, 0x7800
 _ANGLES = BLOCK_SIZE * 64 * 4
-_LISTS = 672
+_LISTS = 768
 _GAP = 32
 # One in eight blocks of a head has more than 128 outliers of values (1%, of the bench's made-up values).
 _FEWEST_VALUE_PLACES, _MOST_VALUE_PLACES = 128, 176
@@ -69,7 +69,7 @@ class Configuration:
     def warp_bytes(self) -> int:
         """Shared memory of a warp alone (W_BYTES)."""
         GN = self.padded_groups
-        values = BLOCK_SIZE * 16 * self.value_bits + 4 * _GAP
+        values = BLOCK_SIZE * 16 * self.value_bits + (0 if self.value_bits == 4 else 4 * _GAP)
         bases_and_ranges = (256 if self.is_bfloat16 else 512) + 256
         entries = 2 * 2 * self.key_places + 2 * 2 * self.value_places
         last = GN - 1
@@ -78,7 +78,7 @@ class Configuration:
         queries = _up(values + bases_and_ranges + entries + scores_and_sums, 32) + _QUERY_ROW * GN
         keys = BLOCK_SIZE * 16 * self.key_bits + 7 * _GAP if self.key_bits < 4 else 0
         firsts, state = 64, 64
-        return _up(queries + 4 * 256 + firsts + state + keys, 32)
+        return _up(queries + 4 * 256 + firsts + state + keys, 128 if self.value_bits == 4 else 32)
 
     @property
     def shared_bytes(self) -> int:

@@ -14,7 +14,7 @@
 #include "values.cuh"
 
 #define SLACK 4.f
-#define WEIGHT_BITS 10.f  // weights are at most 2^(10 + SLACK): fp16 holds smaller ones so
+#define WEIGHT_BITS 10.f  // weights are at most 2^(10 + SLACK), relative to Seen::size: fp16 holds smaller ones so
 #define LOG2E 1.4426950408889634f
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_constant__ Arguments a) {
@@ -25,8 +25,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
   const int q = w.q = lane >> 2, r = w.r = lane & 3;
   w.s = shared_of((u32)__cvta_generic_to_shared(memory), warp);
   const u32 mine = w.s.mine;
-  const int half = r >> 1, head = 2 * (SPLIT ? r & 1 : r), first_token = 8 * q + (SPLIT ? 4 * half : 0);
-  const float value_least = low_of(half_pair(a.value_centroids[0], 0.f));
+  const int head = EACH == 1 ? r & (GN - 1) : 2 * r;  // and the next one of two
   for (int i = lane * 4; i < W_BYTES; i += 128) store(mine + i, 0);
   __syncwarp();
   wait_for_kernel_before();
@@ -60,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
     ask_values(a, w, w.number(NEXT_HEAD), w.block_at(place));
     copies_end();
   }
-  fill_lists(w.s);
+  fill_lists(w.s, a.value_centroids);
   __syncthreads();
 
   while (w.number(NEXT_HEAD) >= 0) {
@@ -73,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       int next = 0;  // who is done takes what is left
       if (lane == 0 && left <= 2 && known == 0 && share_ends) next = atomicAdd(a.taken, 1);
 
-      // -- scores: row q (+ 8) of tile m is token 8q + 2m (+ 1), columns 2r and 2r + 1 are `head` and the next ----
+      // -- scores: row q (+ 8) of tile m is token_of(q, 2m (+ 1)), columns 2r and 2r + 1 are the lane's ----------------
       wait_for_older_copies();  // of keys
       if (K_BASE > 0) add_keys_of_block(a, w, w.block_at(place));
       if (left <= 2) {
@@ -111,43 +110,51 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       const float score_unit = w.real(SCORE_UNIT), unit = HAS_SOFTCAP ? 1.f : score_unit;
       const int first_slot = w.first_slot(a, column), end_slot = w.end_slot(column);
       const bool whole = first_slot <= 0 && end_slot >= BS;
-      float s[TILES][4];  // of this lane's tokens: eight that follow one another, or four
+      float s[8][EACH];  // of this lane's tokens
 #pragma unroll
-      for (int i = 0; i < 4 * TILES; i++) {
-        const int tile = i >> 2;
-        s[tile][i & 3] = SPLIT && half ? all[tile + 2 & 3][i & 3] : all[tile][i & 3];
+      for (int t = 0; t < 8; t++)
+#pragma unroll
+        for (int x = 0; x < EACH; x++) s[t][x] = all[t >> 1][2 * (t & 1) + x];
+      if (EACH == 1 && slow) {  // see Turned::be_slow; tokens follow one another
+        const float middle = q * (8.f * 2.f / BS) - 1.f;
+#pragma unroll
+        for (int t = 0; t < 8; t++) s[t][0] += all[t >> 1][2 * (t & 1) + 1] * (middle + t * (2.f / BS));
       }
-      if (K_BASE > 0 && head < GN) {
+      if (K_BASE > 0) {
         const float back = reciprocal(score_unit * SCORE_FRACTION);
 #pragma unroll
-        for (int x = 0; x < 2 && x < GN; x++)
+        for (int x = 0; x < EACH; x++)
 #pragma unroll
-          for (int j = 0; j < TILES / 2; j++) {
+          for (int t = 0; t < 8; t += 4) {
             u32 word[4];
-            load4(word, mine + W_SCORES + (SCORE_ROW(head) + x * 68 + first_token + 4 * j) * 4);
+            load4(word, mine + W_SCORES + (SCORE_ROW(head) + x * 68 + 8 * q + t) * 4);
 #pragma unroll
-            for (int i = 0; i < 4; i++) s[2 * j + (i >> 1)][2 * (i & 1) + x] += (float)(int)word[i] * back;
+            for (int i = 0; i < 4; i++) s[t + i][x] += (float)(int)word[i] * back;
           }
       }
       if (HAS_SOFTCAP) {  // tanh through exp, which keeps its sign at both ends
 #pragma unroll
-        for (int i = 0; i < 4 * TILES; i++) {
-          const float x = s[i >> 2][i & 3] * score_unit, decay = fast_exp2(fabsf(x / a.softcap) * (-2.f * LOG2E));
-          s[i >> 2][i & 3] = copysignf(LOG2E * a.softcap * (1.f - decay) / (1.f + decay), x);
+        for (int i = 0; i < 8 * EACH; i++) {
+          const float x = s[i / EACH][i % EACH] * score_unit, decay = fast_exp2(fabsf(x / a.softcap) * (-2.f * LOG2E));
+          s[i / EACH][i % EACH] = copysignf(LOG2E * a.softcap * (1.f - decay) / (1.f + decay), x);
         }
       }
       if (!whole) {
 #pragma unroll
-        for (int i = 0; i < 4 * TILES; i++) {
-          const int token = first_token + (i >> 1);
-          if (token < first_slot || token >= end_slot) s[i >> 2][i & 3] = -INFINITE;
+        for (int i = 0; i < 8 * EACH; i++) {
+          const int token = token_of(q, i / EACH);
+          if (token < first_slot || token >= end_slot) s[i / EACH][i % EACH] = -INFINITE;
         }
       }
 
       // -- weights -----------------------------------------------------------------------------------------------
-      float most[2] = {-INFINITE, -INFINITE};
+      float most[EACH];
 #pragma unroll
-      for (int i = 0; i < 4 * TILES; i++) most[i & 1] = fmaxf(most[i & 1], s[i >> 2][i & 3]);
+      for (int x = 0; x < EACH; x++) {
+        most[x] = s[0][x];
+#pragma unroll
+        for (int t = 1; t < 8; t++) most[x] = fmaxf(most[x], s[t][x]);
+      }
       wait_for_older_copies();  // of values
       if (!whole) {             // what no token has written is not looked at
         for (int t = lane; t < BS; t += 32)
@@ -157,87 +164,73 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
           }
         __syncwarp();
       }
-      float scale[2 * TILES], zero[2 * TILES], largest = 0.f;
-      u32 scales[4], shifts[4];
-      if (SPLIT) {
-        load2(scales, mine + W_RANGES + first_token * 2);
-        load2(shifts, mine + W_RANGES + 128 + first_token * 2);
-      } else {
-        load4(scales, mine + W_RANGES + first_token * 2);
-        load4(shifts, mine + W_RANGES + 128 + first_token * 2);
-      }
+      float scale[8], zero[8], largest = 0.f;
+      load_ranges(scale, mine + W_RANGES, q);
+      load_ranges(zero, mine + W_RANGES + 128, q);
 #pragma unroll
-      for (int i = 0; i < 2 * TILES; i++) {
-        scale[i] = kept((u16)(scales[i >> 1] >> 16 * (i & 1)));
-        zero[i] = kept((u16)(shifts[i >> 1] >> 16 * (i & 1)));
-        largest = fmaxf(largest, scale[i]);
-      }
+      for (int i = 0; i < 8; i++) largest = fmaxf(largest, scale[i]);
       float differences[4];
-      Values values(a, w, place, column, value_least);
+      Values values(a, w, place, column);
       const float difference = V_ENTRIES > 0 ? values.read(a, differences) : 0.f;
-      const bool higher = (most[0] - seen.best[0]) * unit > SLACK || (most[1] - seen.best[1]) * unit > SLACK;
-      const bool outgrown = (head < GN && higher) || largest > seen.size;
+      bool outgrown = largest > seen.size;
+#pragma unroll
+      for (int x = 0; x < EACH; x++) outgrown |= (most[x] - seen.best[x]) * unit > SLACK;
       const bool heap_is_full = V_ENTRIES > 0 && (difference > w.real(HEAP_MOST) || (column & 15) == 0);
       if (__any_sync(ALL_LANES, outgrown || heap_is_full)) {
-        if (V_ENTRIES > 0) {
-          Heap heap = {w.real(HEAP_MOST), w.real(HEAP_FACTOR)};
-          if (heap.most > 0.f) heap.move(seen.sums, mine, seen.size, lane);
-          heap.fit(difference);
-          __syncwarp();
-          w.keep(HEAP_MOST, as_word(heap.most));
-          w.keep(HEAP_FACTOR, as_word(heap.factor));
-          __syncwarp();
-        }
+        if (V_ENTRIES > 0 && w.real(HEAP_MOST) > 0.f) empty_heap(seen.sums, mine, w.real(HEAP_FACTOR), lane);
 #pragma unroll
-        for (int x = SPLIT ? 2 : 4; x < 32; x *= 2) {
-          most[0] = fmaxf(most[0], __shfl_xor_sync(ALL_LANES, most[0], x));
-          most[1] = fmaxf(most[1], __shfl_xor_sync(ALL_LANES, most[1], x));
-        }
+        for (int i = 4; i < 32; i *= 2)
+#pragma unroll
+          for (int x = 0; x < EACH; x++) most[x] = fmaxf(most[x], __shfl_xor_sync(ALL_LANES, most[x], i));
         largest = largest_of_warp(largest);
         seen.scale_anew(most, largest, unit);
+        if (V_ENTRIES > 0) {
+          const float limit = limit_of_heap(difference);
+          __syncwarp();
+          w.keep(HEAP_MOST, as_word(limit));
+          w.keep(HEAP_FACTOR, as_word(64.f * reciprocal(limit) * seen.size));
+          __syncwarp();
+        }
       }
-      const float inverse = reciprocal(seen.size);
-      float shift[2];
+      const float bits = WEIGHT_BITS - log_2(seen.size);
 #pragma unroll
-      for (int x = 0; x < 2; x++)
-        shift[x] = WEIGHT_BITS - (seen.best[x] == -INFINITE ? 0.f : seen.best[x]) * unit;
+      for (int x = 0; x < EACH; x++) {
+        const float shift = bits - (seen.best[x] == -INFINITE ? 0.f : seen.best[x]) * unit;
 #pragma unroll
-      for (int i = 0; i < 4 * TILES; i++) {
-        const float p = s[i >> 2][i & 3] = fast_exp2(s[i >> 2][i & 3] * unit + shift[i & 1]);
-        seen.total[i & 1] += p;
-        seen.zeros[i & 1] += p * zero[i >> 1];
+        for (int t = 0; t < 8; t++) {
+          const float p = s[t][x] = fast_exp2(s[t][x] * unit + shift);
+          seen.total[x] += p;
+          seen.zeros[x] += p * zero[t];
+        }
+        if (V_ENTRIES > 0)
+#pragma unroll
+          for (int t = 0; t < 8; t += 4)
+            store4(mine + W_WEIGHTS + (SCORE_ROW(head) + x * 68 + 8 * q + t) * 4, as_word(s[t][x]), as_word(s[t + 1][x]),
+                   as_word(s[t + 2][x]), as_word(s[t + 3][x]));
       }
-      if (V_ENTRIES > 0 && head < GN)
+      u32 weights[4 * EACH];  // of columns q: a head's, or of a head the even tokens' and then the odd ones'
 #pragma unroll
-        for (int x = 0; x < 2 && x < GN; x++)
-#pragma unroll
-          for (int j = 0; j < TILES / 2; j++)
-            store4(mine + W_WEIGHTS + (SCORE_ROW(head) + x * 68 + first_token + 4 * j) * 4, as_word(s[2 * j][x]),
-                   as_word(s[2 * j][2 + x]), as_word(s[2 * j + 1][x]), as_word(s[2 * j + 1][2 + x]));
-      u32 weights[2 * TILES];
-#pragma unroll
-      for (int i = 0; i < 2 * TILES; i++) {
-        const float f = scale[i] * inverse;
-        weights[i] = transposed(half_pair(s[i >> 1][2 * (i & 1)] * f, s[i >> 1][2 * (i & 1) + 1] * f));
+      for (int i = 0; i < 4 * EACH; i++) {
+        const int t = EACH == 1 ? 2 * i : i, u = EACH == 1 ? t + 1 : t;
+        weights[i] = transposed(half_pair(s[t][0] * scale[t], s[u][EACH - 1] * scale[u]));
       }
 
       // -- values: row q (+ 8) of tile i is a channel, two tokens a word ----------------------------------------------
       const Table<VB> v_table(w.s, lane, 1);
 #pragma unroll 1
       for (int tiles = 0; tiles < 2; tiles++) {
-        // Of split tokens, columns 0 to 3 are for tiles 0 and 1, and columns 4 to 7 for the others.
-        const bool ours = !SPLIT || q >> 2 == tiles;
 #pragma unroll
         for (int m = 0; m < 2; m++) {
-          const u32 both[2] = {ours ? weights[2 * m] : 0, ours ? weights[2 * m + 1] : 0};
+          const bool even = EACH == 2 || !(q & 1), odd = EACH == 2 || q & 1;
+          const u32 both[2] = {even ? weights[EACH * m] : 0, odd ? weights[EACH * (m + 1) - 1] : 0};
           add_values(seen.sums, w, v_table, 2 * tiles + m, both);
         }
 #pragma unroll
-        for (int i = 4; i < 2 * TILES; i++) weights[i - 4] = weights[i];
+        for (int i = 0; i < 2 * EACH; i++) weights[i] = weights[i + 2 * EACH];
       }
       if (V_ENTRIES > 0) {
         __syncwarp();
-        if (KB < 4) values = Values(a, w, place, column, value_least);  // or it would take registers that there are not
+        if (KB < 4) values = Values(a, w, place, column);  // or it would take registers that there are not
         values.add(a, differences, w.real(HEAP_FACTOR));
       }
       __syncwarp();

@@ -13,9 +13,9 @@ struct KeyCodes {
   INLINE void ask(const Arguments& a, const Work& w, u64 id_and_head) {
     const unsigned char* codes = a.key_codes + id_and_head * (BS * K_ROW);
 #if KB == 4
-    codes += w.q * 8 * K_ROW + w.r * 16;
+    codes += token_of(w.q, 0) * K_ROW + w.r * 16;
 #pragma unroll
-    for (int i = 0; i < 8; i++) row[i] = stream(codes + i * K_ROW);
+    for (int i = 0; i < 8; i++) row[i] = stream(codes + token_of(0, i) * K_ROW);
 #else
     const int lane = anew(w.lane);
 #pragma unroll
@@ -86,13 +86,20 @@ INLINE void ask_keys(const Arguments& a, const Work& w, KeyCodes& codes, int col
   ask_key_entries(a, w, id_and_head, block);
 }
 
+// A copy of sixteen bytes from the middle of a sector takes several times as long.
+INLINE int first_copied(int first_entry) { return first_entry & ~15; }
+
 INLINE void ask_values(const Arguments& a, const Work& w, int h, const Block& block) {
   const u32 mine = w.s.mine;
   const int lane = w.lane;
   const unsigned char* codes = a.value_codes + (((u64)block.id * a.H + h) * V_BYTES + lane * 16);
 #pragma unroll
   for (int i = 0; i < V_BYTES / 512; i++)
+#if VB == 4
+    copy16(mine + W_CODES + i * 512 + (lane * 16 ^ i / 2 * 32), codes + i * 512);
+#else
     copy16(mine + W_CODES + lane * 16 + i * 512 + group_of<V_ROW>(lane, i) * GAP, codes + i * 512);
+#endif
   if (a.VG == 1) {
     const u16* ranges = lane < 8 ? a.value_scale : a.value_zero;
     if (lane < 16) copy16(mine + W_RANGES + lane * 16, ranges + ((u64)block.id * BS + (lane & 7) * 8));
@@ -106,8 +113,8 @@ INLINE void ask_values(const Arguments& a, const Work& w, int h, const Block& bl
   if (V_ENTRIES > 0) {
     // Eight entries at a time: numbers by the first half of lanes, what they are by the other. Seldom are there more than
     // 128, and a second copy that few lanes take costs more than the first.
-    const int side = lane >> 4, piece = lane & 15, near = block.last - (block.first & ~7);
-    const u16* from = (side ? a.value_value : a.value_index) + (u64)block.id * (BS * V_ENTRIES) + (block.first & ~7);
+    const int first = first_copied(block.first), side = lane >> 4, piece = lane & 15, near = block.last - first;
+    const u16* from = (side ? a.value_value : a.value_index) + (u64)block.id * (BS * V_ENTRIES) + first;
     const u32 to = mine + W_VALUES + side * 2 * V_PLACES;
     if (8 * piece < near) copy16(to + piece * 16, from + 8 * piece);
     if (V_PLACES > 128 && near > 128 && piece < V_PLACES / 8 - 16 && 128 + 8 * piece < near)

@@ -23,7 +23,7 @@ INLINE void add_keys(const Shared& s, const u32* number, const float* value, con
 #pragma unroll
   for (int i = 0; i < N; i++) {
     const u32 at = s.mine + (channel[i] >> 16);
-    angle[i] = look(s.angles + token[i] + (channel[i] & 0xFFFF));
+    angle[i] = look(s.angles + (EVERY_SECOND ? token[i] & 0xFFFF : token[i]) + (channel[i] & 0xFFFF));
 #if BF16
     const u32 base = load(at + W_BASES);
     cb[i] = low_of(base);
@@ -45,7 +45,7 @@ INLINE void add_keys(const Shared& s, const u32* number, const float* value, con
     const float cosine = (cb[i] * cj - sb[i] * sj) * delta, sine = (sb[i] * cj + cb[i] * sj) * delta;
     const bool upper = number[i] & 64;
     const float x = upper ? -sine : cosine, y = upper ? cosine : sine;
-    const u32 at = s.mine + W_SCORES + (number[i] >> 5 & 0xFC);
+    const u32 at = s.mine + W_SCORES + (EVERY_SECOND ? token[i] >> 16 : number[i] >> 5 & 0xFC);
     if (live[i])
 #pragma unroll
       for (int g = 0; g < GN; g++)

@@ -8,16 +8,15 @@
 
 #define BS 64
 #define D 128
-// Up to four heads stand in the columns twice, so that lanes r = 0 and 1 weigh half of the tokens and r = 2 and 3 the rest.
-#define SPLIT (GN <= 4)
-#define TILES (SPLIT ? 2 : 4)  // of sixteen tokens, whose weights a lane computes
+#define EACH (GN <= 4 ? 1 : 2)  // heads of a lane: of up to four its two columns are one's, see scores.cuh and values.cuh
 #define K_ROW (16 * KB)  // bytes of a token's codes
 #define V_ROW (16 * VB)
 
 // A warp's own, bytes. What is copied there is 32 bytes aligned, as what comes from memory is.
 #define GAP 32                                    // between rows that are read at once, so that they lie in different banks
 #define V_BYTES (BS * V_ROW)
-#define V_GROUP (16 * V_ROW + GAP)                // of 16 tokens
+#define V_GROUP (16 * V_ROW + (VB == 4 ? 0 : GAP))  // of 16 tokens: at 4 bits sectors change places instead, so that
+#define LINE (VB == 4 ? 128 : 32)                 // a line of memory stays one, which takes half as long to copy
 #define K_GROUP (8 * K_ROW + GAP)                 // of 8 tokens
 #define W_CODES 0                                 // values of the block
 #define W_BASES (W_CODES + 4 * V_GROUP)           // (cos, sin) of its middle
@@ -28,14 +27,14 @@
 #define CHUNK 32                                  // entries of a chunk of a chain
 #define W_SCORES (W_VALUES + 4 * V_PLACES)        // of the keys' outliers, in fixed point: a row for each head
 // Eight lanes' sixteen bytes lie in different banks.
-#define SCORE_ROW(g) ((g) % 2 * 68 + (SPLIT ? (g) / 2 * 144 : (g) / 2 * 152 + (g) / 2 % 2 * 12))
+#define SCORE_ROW(g) ((g) % 2 * 68 + (EACH == 1 ? (g) / 2 * 144 : (g) / 2 * 152 + (g) / 2 % 2 * 12))
 #define SCORE_WORDS (SCORE_ROW(GN - 1) + 68)
 #define W_WEIGHTS W_SCORES                        // once the scores are read; zeros again before the next block's
 #define W_OUT (W_SCORES + 4 * SCORE_WORDS)        // of the values' outliers, in fixed point: a row for each head
 #define OUT_ROW 143
 #define OUT_PLACE(d) ((d) + ((d) >> 3))           // what neighbours read lies in different banks
 #define W_QUERY ((W_OUT + 4 * GN * OUT_ROW + 31) / 32 * 32)  // (x, y) of each pair of channels: a row for each head
-#define QUERY_ROW 320
+#define QUERY_ROW 320                             // what follows a row stays zero
 #define W_SCALE (W_QUERY + QUERY_ROW * GN)        // of the keys' channels, by pairs
 #define W_ZERO (W_SCALE + 256)
 #define W_LEAST (W_ZERO + 256)                    // what code 0 decodes to
@@ -44,14 +43,15 @@
 #define W_STATE (W_FIRSTS + 64)                   // what is looked at once a block, so that no register is taken: State
 #define W_SHARE (W_STATE + 48)                    // the next row of shares
 #define W_KEY_CODES (W_STATE + 64)                // at 2 and 3 bits; those of 4 wait in registers
-#define W_BYTES ((W_KEY_CODES + (KB < 4 ? 8 * K_GROUP - GAP : 0) + 31) / 32 * 32)
+#define W_BYTES ((W_KEY_CODES + (KB < 4 ? 8 * K_GROUP - GAP : 0) + LINE - 1) / LINE * LINE)
 
 // Shared by all warps. The table of what bytes of codes mean begins at 64 KiB sharp, so that an address is a byte put
 // between two bytes of where the table is; what else there is lies before it as far as there is room.
 #define TABLE_AT 0x10000u
 #define TABLE_BYTES (KB == 3 && VB == 3 ? 0x7800 : 0x10000)  // two codes of three bits make no byte above 0x77
 #define ANGLES (BS * 64 * 4)
-#define LISTS 672                                 // of channels, of tokens, how fast slow pairs turn, and places
+#define LISTS 768                                 // of channels, of tokens, how fast slow pairs turn, places
+#define LEAST_AT 672                              // behind them, what code 0 of values means
 #define RESERVED 1024                             // what a kernel's own memory begins behind, at most
 #define BEFORE_TABLE ((int)((TABLE_AT - RESERVED - ANGLES - LISTS) / W_BYTES))
 
@@ -86,7 +86,10 @@ INLINE void place_of(int c, int& n, int& r, int& k) {
   k = c & 3;
 }
 
-// Row q (+ 8) of tile m of scores is token 8q + 2m (+ 1): a thread's eight tokens follow one another.
+// Row q (+ 8) of tile m of scores is token 2m (+ 1) of the eight of lanes q. They follow one another, or at 4 bits, whose
+// keys are loaded to registers, every second one does: so that a load takes lines of memory whole, which was 4 us of 170.
+#define EVERY_SECOND (KB == 4)
+INLINE int token_of(int q, int i) { return EVERY_SECOND ? (q >> 1) * 16 + (q & 1) + 2 * i : 8 * q + i; }
 // Row q (+ 8) of tile i of the output is this channel.
 INLINE int out_channel(int i, int q, int upper) {
 #if VB == 4

@@ -8,8 +8,11 @@
 template <int BITS> struct Table {
   u32 column;
   INLINE Table(const Shared& s, int lane, int side) : column(TABLE_AT + 128 * side + lane * 4) {}
-  // Byte k of a selector, whose nibbles are codes: two centroids.
-  INLINE u32 pair(u32 selector, int k) const { return look(__byte_perm(column, selector, 0x3240 + 0x10 * k)); }
+  // Bytes 2 half (+ 1) of a selector, whose nibbles are codes: two centroids each.
+  INLINE void look_up(u32 selector, int half, u32& x, u32& y) const {
+    x = look(__byte_perm(column, selector, 0x3240 + 0x20 * half));
+    y = look(__byte_perm(column, selector, 0x3250 + 0x20 * half));
+  }
 };
 // Byte k of a word of two-bit codes: centroids of its first and third field, and of its second and fourth. Half a warp
 // loads eight bytes each at once.
@@ -46,8 +49,10 @@ INLINE void fill_table(const float* key_centroids, const float* value_centroids,
     store4(TABLE_AT + i * 16, x, y, x, y);
   }
 }
-// Places of tokens, and for outliers where a channel's and a token's part of the angles lie.
-INLINE void fill_lists(const Shared& s) {
+// Places of tokens, the first centroid of values, and for outliers where a channel's and a token's part of the angles lie,
+// and a token's number in a row of scores.
+INLINE void fill_lists(const Shared& s, const float* value_centroids) {
+  if (threadIdx.x == 0) store(s.lists + LEAST_AT, as_word(low_of(half_pair(value_centroids[0], 0.f))));
   if (threadIdx.x < 8) {  // places of two tokens in the block, from -1 to 1
     const int token = 8 * threadIdx.x - BS / 2;
     store(s.lists + 640 + threadIdx.x * 4, half_pair(token * (2.f / BS), (token + 1) * (2.f / BS)));
@@ -56,8 +61,9 @@ INLINE void fill_lists(const Shared& s) {
     int n, r, k;
     place_of(threadIdx.x, n, r, k);
     store(s.lists + threadIdx.x * 4, (n * 4096 + (k >> 1) * 512 + r * 16 + (k & 1) * 8) | (n * 64 + r * 16 + k * 4) << 16);
-    const int t = threadIdx.x;
-    store(s.lists + 256 + t * 4, (t >> 1 & 3) * 1024 + (t >> 3) * 64 + (t & 1) * 4);
+    const int q = threadIdx.x >> 3, i = threadIdx.x & 7;
+    const u32 score = EVERY_SECOND ? (8 * q + i) * 4 << 16 : 0;
+    store(s.lists + 256 + token_of(q, i) * 4, ((i >> 1) * 1024 + q * 64 + (i & 1) * 4) | score);
   }
 }
 // Angles in the order of the tensor core's operands, which the kernel before has made.

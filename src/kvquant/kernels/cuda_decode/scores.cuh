@@ -12,10 +12,11 @@
 // What two pairs of each lane of a unit are multiplied with: the query, turned back to the block's middle.
 struct Turned {
   u32 cosine[2], sine[2], shift[2];
-  INLINE Turned(const Work& w, int n, int half) {
+  // ``query_at``: where that of the lane's column is (QueryAt). ``for_place``: the cosine shall be the sine, see be_slow.
+  INLINE Turned(const Work& w, int n, int half, u32 query_at, bool for_place = false) {
     u32 query[2], scale[2], zero[2];
     const u32 at = (n * 4 + w.r) * 16 + half * 8;
-    load2(query, w.s.mine + W_QUERY + (w.q & (GN - 1)) * QUERY_ROW + at);
+    load2(query, query_at + half * 8);
     load2(scale, w.s.mine + W_SCALE + at);
     load2(zero, w.s.mine + W_ZERO + at);
 #if BF16
@@ -31,7 +32,7 @@ struct Turned {
 #if BF16
       const u32 back = half_mul(query[k], low_twice(base[k]));
       const u32 p = half_fma(quarter_turn(query[k]), high_twice(base[k]), back), q = quarter_turn(p);
-      cosine[k] = half_mul(p, scale[k]);
+      cosine[k] = half_mul(for_place ? q : p, scale[k]);
       sine[k] = half_mul(q, scale[k]);
       shift[k] = half_fma(q, high_twice(zero[k]), half_mul(p, low_twice(zero[k])));
 #else
@@ -53,20 +54,26 @@ struct Turned {
     multiply_add(s, half_mul(x[0], high_twice(t[0])), half_mul(x[1], high_twice(t[1])), half_mul(x[2], high_twice(t[2])),
                  half_mul(x[3], high_twice(t[3])), sine[0], sine[1]);
   }
-  // Where pairs turn slowly, a cosine is 1 and a sine the token's place times a slope: shifts of all units are added up.
+  // Where pairs turn slowly, a cosine is 1 and a sine the token's place times a slope. A place belongs to a row, so that it
+  // need not meet the codes: of a head's two columns the first sums what no place is in, the other what is multiplied with
+  // it afterwards (for_place). Eight heads fill the columns, and codes are multiplied. Shifts of all units are added up.
   INLINE void be_slow(const Work& w, int n, int half, u32* shifts) {
     u32 slope[2];  // (1, slope)
     load2(slope, w.s.lists + 512 + ((n >> 1) * 4 + w.r) * 16 + half * 8);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      sine[k] = half_mul(sine[k], high_twice(slope[k]));
+      if (EACH == 1)
+        cosine[k] = half_mul(cosine[k], __byte_perm(slope[k], 0, w.q & 1 ? 0x3232 : 0x1010));
+      else
+        sine[k] = half_mul(sine[k], high_twice(slope[k]));
       shifts[k] = half_fma(shift[k], slope[k], shifts[k]);
     }
   }
   INLINE void add_slow(float* s, const u32* x, u32 places) const {
     multiply_add(s, x[0], x[1], x[2], x[3], cosine[0], cosine[1]);
-    multiply_add(s, half_mul(x[0], low_twice(places)), half_mul(x[1], high_twice(places)),
-                 half_mul(x[2], low_twice(places)), half_mul(x[3], high_twice(places)), sine[0], sine[1]);
+    if (EACH == 2)
+      multiply_add(s, half_mul(x[0], low_twice(places)), half_mul(x[1], high_twice(places)),
+                   half_mul(x[2], low_twice(places)), half_mul(x[3], high_twice(places)), sine[0], sine[1]);
   }
 };
 
@@ -75,15 +82,30 @@ INLINE u32 places_of(u32 first, int m) {
   return m ? half_add(first, 0x2C002C00u + (m / 2) * 0x04000400u + (m / 3) * 0x02000200u) : first;
 }
 
+// Where the query of a lane's column is; for every second column nothing is, but of slow pairs (be_slow).
+struct QueryAt {
+  u32 own, nothing;
+  bool odd;
+  INLINE QueryAt(const Work& w, int n) {
+    const u32 rows = w.s.mine + W_QUERY;
+    own = rows + (EACH == 1 ? w.q >> 1 & (GN - 1) : w.q & (GN - 1)) * QUERY_ROW + (n * 4 + w.r) * 16;
+    nothing = rows + 256 + 8;
+    odd = EACH == 1 && w.q & 1;
+  }
+  // Of unit j of two.
+  INLINE u32 of(int j, bool slow) const { return odd && !slow ? nothing : own + 64 * j; }
+};
+
 // Units n and n + 1: their part of the scores of all tokens. ``places`` are of tile 0.
 template <bool SLOW>
 INLINE void add_scores(float (*s)[4], const Work& w, const Table<KB>& table, const KeyCodes& codes, int n, u32 places,
                        u32* shifts) {
+  const QueryAt at(w, n);
 #if KB == 2
 #pragma unroll 1
   for (int half = 0; half < 2; half++) {
-    const Turned first(w, n, half);
-    Turned second(w, n + 1, half);
+    const Turned first(w, n, half, at.of(0, false));
+    Turned second(w, n + 1, half, at.of(1, SLOW), SLOW && EACH == 1 && w.q & 1);
     if (SLOW) second.be_slow(w, n + 1, half, shifts);
 #pragma unroll
     for (int m = 0; m < 4; m++) {
@@ -105,13 +127,13 @@ INLINE void add_scores(float (*s)[4], const Work& w, const Table<KB>& table, con
     for (int i = 0; i < 8; i++) c[i] = codes.selector(i, j);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      Turned turned(w, n + j, half);
+      Turned turned(w, n + j, half, at.of(j, SLOW && j), SLOW && j && EACH == 1 && w.q & 1);
       if (SLOW && j) turned.be_slow(w, n + j, half, shifts);
 #pragma unroll
       for (int m = 0; m < 4; m++) {
         u32 x[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[i] = table.pair(c[2 * m + (i & 1)], 2 * half + (i >> 1));
+        for (int i = 0; i < 2; i++) table.look_up(c[2 * m + i], half, x[i], x[2 + i]);
         if (SLOW && j)
           turned.add_slow(s[m], x, places_of(places, m));
         else
@@ -130,12 +152,21 @@ INLINE void add_all_scores(float (*s)[4], const Work& w, const Table<KB>& table,
 #pragma unroll 1
   for (int n = 0; n < 4; n += 2) {
     add_scores<SLOW>(s, w, table, codes, n, places, shifts);
-    if (n == 0) codes.turn();
-  }
-  if (SLOW)
-#pragma unroll
-    for (int m = 0; m < 4; m++) {  // (1, place) for each pair
-      const u32 both = places_of(places, m), x = __byte_perm(both, 0x3C00, 0x1054), y = __byte_perm(both, 0x3C00, 0x3254);
-      multiply_add(s[m], x, y, x, y, shifts[0], shifts[1]);
+    if (n == 0) {
+      stay_a_branch();
+      codes.turn();
     }
+  }
+  if (SLOW) {
+    const u32 column = w.q & 1 ? 0xFFFF0000u : 0x0000FFFFu;
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+      if (EACH == 1) {
+        multiply_add(s[m], 0x3C003C00u, 0x3C003C00u, 0x3C003C00u, 0x3C003C00u, shifts[0] & column, shifts[1] & column);
+      } else {  // (1, place) for each pair
+        const u32 both = places_of(places, m);
+        const u32 x = __byte_perm(both, 0x3C00, 0x1054), y = __byte_perm(both, 0x3C00, 0x3254);
+        multiply_add(s[m], x, y, x, y, shifts[0], shifts[1]);
+      }
+  }
 }

@@ -2,16 +2,27 @@
 #pragma once
 #include "value_outliers.cuh"
 
-// Values of tokens 16 r + 2 m (+ 1) and those eight further, times their weights.
+// What is stored of each token, of a lane's eight.
+INLINE void load_ranges(float* x, u32 from, int q) {
+  constexpr int WORDS = EVERY_SECOND ? 8 : 4;
+  u32 word[WORDS];
+  from += 2 * token_of(EVERY_SECOND ? q & 6 : q, 0);
+#pragma unroll
+  for (int i = 0; i < WORDS; i += 4) load4(word + i, from + i * 4);
+#pragma unroll
+  for (int i = 0; i < 8; i++) x[i] = EVERY_SECOND ? kept_of(word[i], q & 1) : kept_of(word[i >> 1], i & 1);
+}
+
+// Values of tokens 2m (+ 1) of lanes 2r and 2r + 1 (token_of), times their weights.
 INLINE void add_values(float (*sums)[4], const Work& w, const Table<VB>& table, int m, const u32* weights) {
   const int q = w.q, r = w.r;
 #if VB == 2
   u32 u[2], v[2];
 #pragma unroll
   for (int p = 0; p < 2; p++) {
-    const u32 at = w.s.mine + W_CODES + r * V_GROUP + (2 * m + p) * V_ROW + q * 4;
+    const u32 at = w.s.mine + W_CODES + r * V_GROUP + token_of(0, 2 * m + p) * V_ROW + q * 4;
     u[p] = load(at);
-    v[p] = load(at + 8 * V_ROW);
+    v[p] = load(at + token_of(1, 0) * V_ROW);
   }
 #pragma unroll
   for (int k = 0; k < 4; k++) {
@@ -37,18 +48,23 @@ INLINE void add_values(float (*sums)[4], const Work& w, const Table<VB>& table, 
   for (int p = 0; p < 2; p++) {
 #if VB == 4
     u32 u[2], v[2];
-    const u32 at = w.s.mine + W_CODES + r * V_GROUP + (2 * m + p) * V_ROW + q * 8;
-    load2(u, at);
-    load2(v, at + 512);
+    const u32 at = w.s.mine + W_CODES + r * V_GROUP + q * 8;
+#if EVERY_SECOND
+    load2(u, (at ^ r * 32) + (2 * m + p) * 128);
+    load2(v, (at + 64 ^ r * 32) + (2 * m + p) * 128);
+#else
+    load2(u, (at + p * 64 ^ r * 32) + m * 128);
+    load2(v, (at + p * 64 ^ r * 32) + m * 128 + 512);
+#endif
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       x[p][i] = lower_nibbles(u[i], v[i]);
       y[p][i] = upper_nibbles(u[i], v[i]);
     }
 #else
-    const u32 at = w.s.mine + W_CODES + r * V_GROUP + (2 * m + p) * V_ROW, third = at + 32 + (q & 3) * 4;
-    const u32 u = load(at + q * 4), v = load(at + 8 * V_ROW + q * 4);
-    const u32 a = load(third) >> (q >> 2), b = load(third + 8 * V_ROW) >> (q >> 2);
+    const u32 at = w.s.mine + W_CODES + r * V_GROUP + token_of(0, 2 * m + p) * V_ROW, third = at + 32 + (q & 3) * 4;
+    const u32 u = load(at + q * 4), v = load(at + token_of(1, 0) * V_ROW + q * 4);
+    const u32 a = load(third) >> (q >> 2), b = load(third + token_of(1, 0) * V_ROW) >> (q >> 2);
     const u32 lower = lower_nibbles(u, v), upper = upper_nibbles(u, v);
     x[p][0] = (lower & 0x33333333u) | (lower_nibbles(a, b) << 2 & 0x44444444u);
     x[p][1] = (lower >> 2 & 0x33333333u) | (lower_nibbles(a, b) & 0x44444444u);
@@ -59,87 +75,88 @@ INLINE void add_values(float (*sums)[4], const Work& w, const Table<VB>& table, 
 #pragma unroll
   for (int i = 0; i < 2; i++)
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-      multiply_add(sums[4 * i + k], table.pair(x[0][i], k), table.pair(y[0][i], k), table.pair(x[1][i], k),
-                   table.pair(y[1][i], k), weights[0], weights[1]);
+    for (int half = 0; half < 2; half++) {
+      u32 a[2][4];
+#pragma unroll
+      for (int p = 0; p < 2; p++) {
+        table.look_up(x[p][i], half, a[0][2 * p], a[1][2 * p]);
+        table.look_up(y[p][i], half, a[0][2 * p + 1], a[1][2 * p + 1]);
+      }
+#pragma unroll
+      for (int k = 0; k < 2; k++)
+        multiply_add(sums[4 * i + 2 * half + k], a[k][0], a[k][1], a[k][2], a[k][3], weights[0], weights[1]);
+    }
 #endif
 }
 
-// What a warp has seen, of columns 2r and 2r + 1: in all lanes q alike what is largest, of a lane's own tokens totals, and
-// sums of tiles of channels. Where columns hold heads twice (SPLIT), each has half of the tokens, until a part is stored.
+// What a warp has seen of a lane's heads: in all lanes q alike what is largest, of a lane's own tokens totals, and sums of
+// tiles of channels, rows q and q + 8 of columns 2r and 2r + 1. Where both are one head's, each has half of the tokens.
 struct Seen {
-  float best[2] = {-INFINITE, -INFINITE};  // in units of a score
-  float total[2] = {0.f, 0.f}, zeros[2] = {0.f, 0.f};
-  float size = 0x1p-60f;  // of ranges of values: sums are relative to it
+  float best[EACH], total[EACH], zeros[EACH];  // best is in units of a score
+  float size = 0x1p-60f;                       // of ranges of values: all that is summed is relative to it, weights too
   float sums[8][4];
   INLINE Seen() {
+#pragma unroll
+    for (int x = 0; x < EACH; x++) best[x] = -INFINITE, total[x] = zeros[x] = 0.f;
 #pragma unroll
     for (int i = 0; i < 8; i++) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.f;
   }
   INLINE void scale_anew(const float* most, float largest, float unit) {
-    const float new_size = largest > size ? 2.f * largest : size, keep = size * reciprocal(new_size);
+    const float new_size = largest > size ? power_of_two(largest) : size, keep = size * reciprocal(new_size);
 #pragma unroll
-    for (int x = 0; x < 2; x++) {
+    for (int x = 0; x < EACH; x++) {
       const float now = fmaxf(best[x], most[x]), fade = fast_exp2((best[x] - (now == -INFINITE ? 0.f : now)) * unit);
       best[x] = now;
-      total[x] *= fade;
-      zeros[x] *= fade;
+      total[x] *= fade * keep;
+      zeros[x] *= fade * keep;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         sums[i][x] *= fade * keep;
         sums[i][x + 2] *= fade * keep;
+        if (EACH == 1) sums[i][1] *= fade * keep, sums[i][3] *= fade * keep;
       }
     }
     size = new_size;
   }
 };
 
-// Of columns that hold heads twice, each half of the lanes gets the sums of half of the rows. ``heap``: what one of the
-// whole numbers is worth that outliers have summed, whose place is empty afterwards.
+// ``heap``: what one of the whole numbers is worth that outliers have summed, whose place is empty afterwards.
 INLINE void store_part(const Arguments& a, const Work& w, Seen& seen, int part, float unit, float heap) {
-  const int half = w.r >> 1, head = 2 * (SPLIT ? w.r & 1 : w.r);
+  const float size = seen.size * 0x1p-10f;
 #pragma unroll
-  for (int x = SPLIT ? 2 : 4; x < 32; x *= 2)
+  for (int i = 4; i < 32; i *= 2)
 #pragma unroll
-    for (int y = 0; y < 2; y++) {
-      seen.total[y] += __shfl_xor_sync(ALL_LANES, seen.total[y], x);
-      seen.zeros[y] += __shfl_xor_sync(ALL_LANES, seen.zeros[y], x);
+    for (int x = 0; x < EACH; x++) {
+      seen.total[x] += __shfl_xor_sync(ALL_LANES, seen.total[x], i);
+      seen.zeros[x] += __shfl_xor_sync(ALL_LANES, seen.zeros[x], i);
     }
 #pragma unroll
-  for (int up = 0; up < (SPLIT ? 1 : 2); up++) {
-    const int upper = SPLIT ? half : up;
+  for (int y = 0; y < EACH; y++) {
+    const int g = EACH * w.r + y;
+    if (g >= G) continue;
+    const u64 row = ((u64)part * a.H + w.h) * GN + g;
+    if (w.q == 0) {
+      a.part_best[row] = seen.best[y] * unit;
+      a.part_total[row] = seen.total[y] * size;
+    }
 #pragma unroll
-    for (int y = 0; y < 2; y++) {
-      const int g = head + y;
+    for (int upper = 0; upper < 2; upper++) {
       float x[8];
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const float low = seen.sums[i][y], high = seen.sums[i][y + 2];
-        x[i] = up ? high : low;
-        if (SPLIT) x[i] = (half ? high : low) + __shfl_xor_sync(ALL_LANES, half ? low : high, 2);
+        const float* sums = seen.sums[i] + 2 * upper;
+        x[i] = EACH == 1 ? sums[0] + sums[1] : sums[y];
       }
-      if (g >= G) continue;
       if (V_ENTRIES > 0) {
         const u32 at = w.s.mine + W_OUT + g * OUT_ROW * 4;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-          const u32 place = at + OUT_PLACE(out_channel(i, w.q, 0)) * 4 + upper * OUT_PLACE(64) * 4;
-          x[i] = x[i] * seen.size + (float)(int)load(place) * heap;
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[i] *= seen.size;
-      }
-      const u64 row = ((u64)part * a.H + w.h) * GN + g;
-      if (w.q == 0 && upper == 0) {
-        a.part_best[row] = seen.best[y] * unit;
-        a.part_total[row] = seen.total[y] * 0x1p-10f;
+        for (int i = 0; i < 8; i++) x[i] += (float)(int)load(at + OUT_PLACE(out_channel(i, w.q, upper)) * 4) * heap;
       }
 #pragma unroll
-      for (int i = 0; i < 8; i++) x[i] = (x[i] + seen.zeros[y]) * 0x1p-10f;
+      for (int i = 0; i < 8; i++) x[i] = (x[i] + seen.zeros[y]) * size;
 #pragma unroll
       for (int i = 0; i < 8; i += 4)
-        put4(a.part_out + row * D + out_channel(i, w.q, 0) + 64 * upper, x[i], x[i + 1], x[i + 2], x[i + 3]);
+        put4(a.part_out + row * D + out_channel(i, w.q, upper), x[i], x[i + 1], x[i + 2], x[i + 3]);
     }
   }
   __syncwarp();

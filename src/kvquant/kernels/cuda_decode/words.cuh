@@ -14,6 +14,9 @@ INLINE u32 as_word(float x) { return __float_as_uint(x); }
 // Keeps the compiler from working out beforehand, for all blocks, what follows from x: that would take a register, or worse.
 INLINE int anew(int x) { asm volatile("" : "+r"(x)); return x; }
 
+// Keeps the compiler from carrying out both sides of a condition: words would be selected one by one, whichever it is.
+INLINE void stay_a_branch() { asm volatile("" ::: "memory"); }
+
 // -- two fp16 numbers --------------------------------------------------------------------------------------------
 INLINE u32 half_mul(u32 a, u32 b) { u32 r; asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
 INLINE u32 half_add(u32 a, u32 b) { u32 r; asm("add.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
@@ -40,6 +43,7 @@ INLINE u32 half_pair(float low, float high) {
 
 // -- fp32 --------------------------------------------------------------------------------------------------------
 INLINE float fast_exp2(float x) { float r; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x)); return r; }
+INLINE float log_2(float x) { float r; asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x)); return r; }
 INLINE float reciprocal(float x) { float r; asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x)); return r; }
 INLINE int to_int(float x) { int r; asm("cvt.rni.s32.f32 %0,%1;" : "=r"(r) : "f"(x)); return r; }
 INLINE float kept(u16 x) {  // a 16-bit number as the pool stores it
@@ -49,6 +53,15 @@ INLINE float kept(u16 x) {  // a 16-bit number as the pool stores it
   float r; asm("cvt.f32.f16 %0,%1;" : "=f"(r) : "h"(x)); return r;
 #endif
 }
+INLINE float kept_of(u32 two, bool upper) {  // of two of them
+#if BF16
+  return as_float(__byte_perm(two, 0, upper ? 0x3244 : 0x1044));
+#else
+  return upper ? high_of(two) : low_of(two);
+#endif
+}
+// The number is below half of this.
+INLINE float power_of_two(float x) { return as_float((as_word(x) & 0x7f800000u) + 0x01000000u); }
 // Of numbers that are not negative, over the warp.
 INLINE float largest_of_warp(float x) {
   u32 r; asm volatile("redux.sync.max.u32 %0,%1,0xffffffff;" : "=r"(r) : "r"(as_word(x))); return as_float(r);

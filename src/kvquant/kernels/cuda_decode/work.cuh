@@ -82,11 +82,15 @@ struct Work {
   INLINE void ask_head(const Arguments& a) const {
     const int b = load(s.mine + W_SHARE), bh = b * a.H + number(NEXT_HEAD);
     const u16* rows = a.heads + (u64)bh * ((GN + 3) * D);  // of queries, then of the keys' ranges
-#pragma unroll 1
-    for (int i = lane; i < (GN + 3) * 16; i += 32) {
-      const int row = i >> 4, at = (i & 15) * 16;
-      copy16(s.mine + (row < GN ? W_QUERY + row * QUERY_ROW : W_SCALE + (row - GN) * 256) + at, rows + row * D + at / 2);
-    }
+    const u32 queries = s.mine + W_QUERY + (lane >> 4) * QUERY_ROW + (lane & 15) * 16;  // two rows at a time
+#pragma unroll
+    for (int i = 0; i < GN + 3; i += 2)
+      if (i + 1 < GN)
+        copy16(queries + i * QUERY_ROW, rows + i * D + lane * 8);
+      else if (i < GN)  // one head
+        copy16(lane < 16 ? queries : s.mine + W_SCALE + lane * 16 - 256, rows + lane * 8);
+      else if (i + 1 < GN + 3 || lane < 16)
+        copy16(s.mine + W_SCALE + (i - GN) * 256 + lane * 16, rows + i * D + lane * 8);
     if (lane < 2) copy4(s.mine + W_STATE + (NEXT_UNIT + lane) * 4, a.unit + bh * 2 + lane);
     if (lane == 2) copy4(s.mine + W_STATE + NEXT_LENGTH * 4, a.kv_lengths + b);
   }

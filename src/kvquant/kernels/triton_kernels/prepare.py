@@ -58,17 +58,22 @@ _SLOPE_AT = tl.constexpr(28)  # tokens from the middle where the line meets the 
 @triton.jit
 def _store_pair_angles(
     angles, slow, offset_cos, offset_sin, row, n, r, k, channel, inside,
-    ROWS: tl.constexpr, HALF: tl.constexpr, UNITS: tl.constexpr,
+    ROWS: tl.constexpr, HALF: tl.constexpr, UNITS: tl.constexpr, EVERY_SECOND: tl.constexpr,
 ):  # fmt: skip
     """What the CUDA kernel keeps in shared memory of ``row``, which is so far from the middle of ROWS tokens.
 
     ``angles``: (cos, sin) pairs of all rows, four words of a lane after another (both tokens of a tile's row, of one
-    pair of channels and of the next). ``slow``, int32: (1, slope) of the pairs of units 1 and 3, and whether all are
+    pair of channels and of the next); lanes q have eight tokens that follow one another, or EVERY_SECOND of sixteen
+    (layout.cuh). ``slow``, int32: (1, slope) of the pairs of units 1 and 3, and whether all are
     slow.
     """
     steps = row - ROWS // 2
     cos, sin = _unit_angle(offset_cos, offset_sin, tl.abs(steps), channel, inside, HALF)
-    at = n * 1024 + (row // 2 % 4) * 256 + (k // 2) * 128 + (row // 8) * 16 + r * 4 + (k % 2) * 2 + row % 2
+    if EVERY_SECOND:
+        q, i = row // 16 * 2 + row % 2, row // 2 % 8
+    else:
+        q, i = row // 8, row % 8
+    at = n * 1024 + (i // 2) * 256 + (k // 2) * 128 + q * 16 + r * 4 + (k % 2) * 2 + i % 2
     tl.store(angles + at * 2, cos.to(tl.float16), mask=n < UNITS)
     tl.store(angles + at * 2 + 1, tl.where(steps < 0, -sin, sin).to(tl.float16), mask=n < UNITS)
     if row == 0:
@@ -190,7 +195,20 @@ def _prepare_kernel(
         row = program - heads
         if PAIRS:
             _store_pair_angles(
-                angles, look_up, offset_cos, offset_sin, row, n, r, k, channel, inside, ROWS, HALF, UNITS
+                angles,
+                look_up,
+                offset_cos,
+                offset_sin,
+                row,
+                n,
+                r,
+                k,
+                channel,
+                inside,
+                ROWS,
+                HALF,
+                UNITS,
+                KB == 4,
             )
         else:
             cos = tl.load(offset_cos + row * HALF + channel, mask=inside, other=0.0)
