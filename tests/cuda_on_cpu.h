@@ -129,6 +129,7 @@ INLINE int max(int a, int b) { return a > b ? a : b; }
 
 INLINE int anew(int x) { return x; }
 INLINE void stay_a_branch() {}
+INLINE u32 bits_of(u32 x, u32 y, u32 mask) { return (x & mask) | (y & ~mask); }
 INLINE float as_float(u32 x) { float r; std::memcpy(&r, &x, 4); return r; }
 INLINE u32 as_word(float x) { u32 r; std::memcpy(&r, &x, 4); return r; }
 INLINE u32 __byte_perm(u32 a, u32 b, u32 selector) {

@@ -33,8 +33,8 @@ struct KeyCodes {
       load2(&row[i].x, at + i * K_ROW + w.r * 8);
       if (KB == 3) {
         load2(&third[i].x, at + i * K_ROW + 32 + (w.r & 1) * 8);
-        third[i].x >>= w.r >> 1;
-        third[i].y >>= w.r >> 1;
+        third[i].x = third_bits(third[i].x, w.r >> 1);
+        third[i].y = third_bits(third[i].y, w.r >> 1);
       }
     }
 #endif
@@ -44,7 +44,7 @@ struct KeyCodes {
 #if KB == 4
     return j ? row[i].y : row[i].x;
 #elif KB == 3
-    return (row[i].x >> (2 * j) & 0x33333333u) | ((j ? third[i].x : third[i].x << 2) & 0x44444444u);
+    return three_bits(row[i].x >> 2 * j, j ? third[i].x : third[i].x << 2);
 #else
     return row[i].x;
 #endif

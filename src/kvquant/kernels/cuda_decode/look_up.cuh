@@ -31,6 +31,11 @@ template <> struct Table<2> {
 INLINE u32 lower_nibbles(u32 u, u32 v) { return (u & 0x0F0F0F0Fu) | (v << 4 & 0xF0F0F0F0u); }
 INLINE u32 upper_nibbles(u32 u, u32 v) { return (u >> 4 & 0x0F0F0F0Fu) | (v & 0xF0F0F0F0u); }
 
+// Codes of three bits. A word of third bits belongs to channels of two words of codes, every second bit to each; without the
+// others in between, these bits and two lower ones meet in one instruction: the latter are those of 3 in each nibble.
+INLINE u32 third_bits(u32 word, int which) { return word >> which & 0x55555555u; }
+INLINE u32 three_bits(u32 low, u32 third) { return bits_of(low, third, 0x33333333u); }
+
 // What all warps share, by all of them: what bytes of codes mean, a part of it.
 INLINE void fill_table(const float* key_centroids, const float* value_centroids, int from, int to) {
 #pragma unroll 1

@@ -64,12 +64,13 @@ INLINE void add_values(float (*sums)[4], const Work& w, const Table<VB>& table, 
 #else
     const u32 at = w.s.mine + W_CODES + r * V_GROUP + token_of(0, 2 * m + p) * V_ROW, third = at + 32 + (q & 3) * 4;
     const u32 u = load(at + q * 4), v = load(at + token_of(1, 0) * V_ROW + q * 4);
-    const u32 a = load(third) >> (q >> 2), b = load(third + token_of(1, 0) * V_ROW) >> (q >> 2);
+    const u32 a = third_bits(load(third), q >> 2), b = third_bits(load(third + token_of(1, 0) * V_ROW), q >> 2);
     const u32 lower = lower_nibbles(u, v), upper = upper_nibbles(u, v);
-    x[p][0] = (lower & 0x33333333u) | (lower_nibbles(a, b) << 2 & 0x44444444u);
-    x[p][1] = (lower >> 2 & 0x33333333u) | (lower_nibbles(a, b) & 0x44444444u);
-    y[p][0] = (upper & 0x33333333u) | (upper_nibbles(a, b) << 2 & 0x44444444u);
-    y[p][1] = (upper >> 2 & 0x33333333u) | (upper_nibbles(a, b) & 0x44444444u);
+    const u32 lower_third = lower_nibbles(a, b), upper_third = upper_nibbles(a, b);
+    x[p][0] = three_bits(lower, lower_third << 2);
+    x[p][1] = three_bits(lower >> 2, lower_third);
+    y[p][0] = three_bits(upper, upper_third << 2);
+    y[p][1] = three_bits(upper >> 2, upper_third);
 #endif
   }
 #pragma unroll

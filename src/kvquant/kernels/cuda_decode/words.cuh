@@ -17,6 +17,11 @@ INLINE int anew(int x) { asm volatile("" : "+r"(x)); return x; }
 // Keeps the compiler from carrying out both sides of a condition: words would be selected one by one, whichever it is.
 INLINE void stay_a_branch() { asm volatile("" ::: "memory"); }
 
+// Bits of x where the mask has them, else of y: one instruction, where the compiler may make two of what it knows of y.
+INLINE u32 bits_of(u32 x, u32 y, u32 mask) {
+  u32 r; asm("lop3.b32 %0,%1,%2,%3,0xE4;" : "=r"(r) : "r"(x), "r"(y), "r"(mask)); return r;
+}
+
 // -- two fp16 numbers --------------------------------------------------------------------------------------------
 INLINE u32 half_mul(u32 a, u32 b) { u32 r; asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
 INLINE u32 half_add(u32 a, u32 b) { u32 r; asm("add.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
