@@ -165,7 +165,7 @@ def _said_of_decode(cases: Sequence[Case]) -> list[str]:
     if copy and max(copy) < 0.5:
         line += (
             f" It moves its bytes at {_range([100 * share for share in copy], '.0f')}% of a copy's bandwidth even there: what "
-            "decoding codes and outliers takes in look-ups and instructions, we think, weighs more than the bytes that they save."
+            "decoding codes and outliers takes in instructions, we think, weighs more than the bytes that they save."
         )
     dense = values(cases, "speedup_over_dequantize_then_attend", even=True)
     line += f" Dequantizing first takes {_range(dense, '.1f')} times as long." if dense else ""
