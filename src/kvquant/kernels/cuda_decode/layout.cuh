@@ -55,6 +55,9 @@
 #define RESERVED 1024                             // what a kernel's own memory begins behind, at most
 #define BEFORE_TABLE ((int)((TABLE_AT - RESERVED - ANGLES - LISTS) / W_BYTES))
 
+// A warp's own begins at a line: what is exchanged in it by its number is found by its address.
+static_assert(ANGLES % LINE == 0 && LISTS % LINE == 0 && W_BYTES % LINE == 0, "lines");
+
 struct Shared {  // addresses
   u32 angles, lists, mine;
 };

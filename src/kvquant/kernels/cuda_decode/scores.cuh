@@ -5,7 +5,8 @@
 //   x cos j * s p + y cos j * t q  +  x sin j * s q - y sin j * t p  +  cos j * (u p + v q) + sin j * (u q - v p)
 // which are three products for the tensor core: codes' centroids times cosines, times sines, and the angles themselves,
 // with queries that carry what does not depend on the token. Two multiplications of two numbers each are all that a pair
-// of keys costs beside its look-up. Where half of the pairs turn slowly (prepare.py) theirs cost one, and no angles.
+// of keys costs beside its look-up. Where half of the pairs turn slowly (prepare.py) theirs cost none, or one of
+// eight heads, and no angles.
 #pragma once
 #include "key_outliers.cuh"
 
@@ -89,7 +90,7 @@ struct QueryAt {
   INLINE QueryAt(const Work& w, int n) {
     const u32 rows = w.s.mine + W_QUERY;
     own = rows + (EACH == 1 ? w.q >> 1 & (GN - 1) : w.q & (GN - 1)) * QUERY_ROW + (n * 4 + w.r) * 16;
-    nothing = rows + 256 + 8;
+    nothing = rows + 256 + 8;  // not in the banks of what others load
     odd = EACH == 1 && w.q & 1;
   }
   // Of unit j of two.
@@ -147,7 +148,7 @@ INLINE void add_scores(float (*s)[4], const Work& w, const Table<KB>& table, con
 // All units' part of the scores. Not unrolled: the loop over blocks shall fit what caches instructions.
 template <bool SLOW>
 INLINE void add_all_scores(float (*s)[4], const Work& w, const Table<KB>& table, KeyCodes& codes) {
-  const u32 places = SLOW ? load(w.s.lists + 640 + w.q * 4) : 0;  // anew, or what is made of it stays in registers
+  const u32 places = SLOW && EACH == 2 ? load(w.s.lists + 640 + w.q * 4) : 0;  // anew, or what is made of it stays in registers
   u32 shifts[2] = {0, 0};
 #pragma unroll 1
   for (int n = 0; n < 4; n += 2) {

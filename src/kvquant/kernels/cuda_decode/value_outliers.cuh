@@ -99,7 +99,7 @@ struct Values {
 
 // Differences of values times weights are summed in fixed point (W_OUT), until they are moved to where other sums are, or a
 // part is stored. No difference is larger than HEAP_MOST; HEAP_FACTOR makes whole numbers of a difference times a weight.
-// Weights are up to 2^14 (times Seen::size, which is in the factor), so that one addend is up to 2^20, and 16 blocks of 64
+// Weights times Seen::size, which is in the factor, are up to 2^14, so that one addend is up to 2^20, and 16 blocks of 64
 // tokens fit.
 INLINE float limit_of_heap(float largest) { return power_of_two(fmaxf(largest_of_warp(largest), 1e-30f)); }
 INLINE void empty_heap(float (*sums)[4], u32 mine, float factor, int lane) {  // once in a while, see store_part

@@ -64,8 +64,7 @@ def _store_pair_angles(
 
     ``angles``: (cos, sin) pairs of all rows, four words of a lane after another (both tokens of a tile's row, of one
     pair of channels and of the next); lanes q have eight tokens that follow one another, or EVERY_SECOND of sixteen
-    (layout.cuh). ``slow``, int32: (1, slope) of the pairs of units 1 and 3, and whether all are
-    slow.
+    (layout.cuh). ``slow``, int32: (1, slope) of the pairs of units 1 and 3, and whether all are slow.
     """
     steps = row - ROWS // 2
     cos, sin = _unit_angle(offset_cos, offset_sin, tl.abs(steps), channel, inside, HALF)
