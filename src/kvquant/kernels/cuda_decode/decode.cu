@@ -1,11 +1,11 @@
 // Decode attention straight from packed blocks for Hopper: one query per sequence, its blocks shared among warps.
 //
 // The sums of triton_kernels/decode.py, laid out for what bounds them: instructions (numbers: triton_kernels/attention.py
-// and launch.py), and here what caches those. On an H200, eight sequences of 32K tokens at 3 bits, a call takes as long
-// without its look-ups or angles (2% more or less), 23% less without outliers, 16% and 31% less without the sums of values
-// or scores. A warp takes a run of blocks (shares.py) of one (sequence, KV head) by itself: nothing waits for another warp,
-// and what is done once per block is done by one warp. All warps of a multiprocessor share tables, so that what two codes
-// mean takes two instructions (look_up.cuh).
+// and launch.py), and here what caches those. On an H200, eight sequences of 32K tokens at 3 bits, a call of the form just
+// before this one takes as long without its look-ups or angles (2% more or less), 23% less without outliers, 16% and 31%
+// less without the sums of values or scores. A warp takes a run of blocks (shares.py) of one (sequence, KV head) by itself:
+// nothing waits for another warp, and what is done once per block is done by one warp. All warps of a multiprocessor share
+// tables, so that what two codes mean takes two instructions (look_up.cuh).
 //
 // Weights are relative to a largest score that may be exceeded by 2^SLACK before sums are scaled anew, which is rare then.
 // A value's range belongs to its token and goes into the weight.

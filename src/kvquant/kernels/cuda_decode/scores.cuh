@@ -148,7 +148,8 @@ INLINE void add_scores(float (*s)[4], const Work& w, const Table<KB>& table, con
 // All units' part of the scores. Not unrolled: the loop over blocks shall fit what caches instructions.
 template <bool SLOW>
 INLINE void add_all_scores(float (*s)[4], const Work& w, const Table<KB>& table, KeyCodes& codes) {
-  const u32 places = SLOW && EACH == 2 ? load(w.s.lists + 640 + w.q * 4) : 0;  // anew, or what is made of it stays in registers
+  // Anew, or what is made of it stays in registers.
+  const u32 places = SLOW && EACH == 2 ? load(w.s.lists + 640 + w.q * 4) : 0;
   u32 shifts[2] = {0, 0};
 #pragma unroll 1
   for (int n = 0; n < 4; n += 2) {
