@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ def test_attention_agrees_with_dequantizing_first(new, reads):
     stored = history()
     stored.fill()
     clock = Clock(CPU, seconds=0.0)
-    row = operations.measure_attention(stored, clock, new, reads, {}, with_graph=False, slow_clock=clock)
+    row = operations.measure_attention(stored, clock, new, reads, {}, in_graph=None, slow_clock=clock)
     assert row["difference"] < 0.02  # a rounding to bf16 or two
     assert row["operation"] == ("decode" if new == 1 else "prefill")
     assert [stored.pool.length(r) for r in stored.rows] == [69, 4]
@@ -190,7 +191,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     )
     clock = Clock(CPU, seconds=0.0)
     with pytest.raises(operations.WrongResult, match="must give"):
-        operations.measure_attention(stored, clock, 1, "quantized", {}, with_graph=False, slow_clock=clock)
+        operations.measure_attention(stored, clock, 1, "quantized", {}, in_graph=None, slow_clock=clock)
 
 
 def test_writes_leave_the_pool_as_it_was_and_count_their_bytes():
@@ -246,6 +247,22 @@ def test_a_way_that_cannot_run_says_why_and_the_fastest_wins():
     name, timing = fastest(found)
     assert timing.median_s == min(t.median_s for t in found.values() if isinstance(t, Timing))
     assert name.startswith("sdpa_")
+
+
+def test_in_a_graph_only_ways_near_the_fastest_are_timed() -> None:
+    dense = FullPrecision(SHAPES["small"], [40, 40], 1, 1, torch.float32, CPU)
+    dense.ways = lambda kinds: ((name, lambda name=name: name) for name in ("fast", "near", "far", "refused"))
+    found = {name: Timing(s, s, s, 1) for name, s in (("fast", 1.0), ("near", 1.1), ("far", 1.3))}
+
+    def graph(way: str, copies: int) -> Timing:
+        if way == "fast":
+            raise RuntimeError("not while  capturing")
+        return Timing(0.9, 0.9, 0.9, copies)
+
+    clock = SimpleNamespace(graph=graph)
+    in_graph = dense.measure_graph(clock, ["sdpa"], {**found, "refused": "no"})
+    assert in_graph == {"fast": "not while capturing", "near": Timing(0.9, 0.9, 0.9, 1)}
+    assert dense.measure_graph(clock, ["sdpa"], {"refused": "no"}) == {}
 
 
 def test_timings_take_inputs_in_turn_and_put_them_back():

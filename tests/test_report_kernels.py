@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvquant.report.collect import Run, collect
-from kvquant.report.kernel_cases import SPEEDUP, cases_of, us_of_way, us_per_1k_tokens, values
+from kvquant.report.kernel_cases import GRAPH_SPEEDUP, SPEEDUP, cases_of, us_of_way, us_per_1k_tokens, values
 from kvquant.report.kernels_figure import draw_decode
 from kvquant.report.paper.build import write_paper
 from kvquant.report.paper.sources import kernel_rows, largest_part_first
@@ -102,6 +102,13 @@ def test_readme_claims_nothing_that_its_runs_do_not_say(tmp_path: Path) -> None:
     assert (
         "is met by s, 8 x 32,768 (at 4, 3 and 2 bits); and by" in text and "~" not in text.split("Decode")[1]
     )
+    # Ratios of graphs, where they were measured, stand beside those of calls.
+    graphs = bench(
+        *(attention(8, 32768, bits, 1.4, graph_us=60.0) | {GRAPH_SPEEDUP: 1.55} for bits in (4, 3, 2))
+    )
+    text = parts_of({"kernels": graphs}, tmp_path)
+    assert "60 (1.40, 1.55; 25%)" in text and "call by call and then both in graphs (" in text
+    assert "Both in graphs it is 1.55 there, and met by s, 8 x 32,768 (at 4, 3 and 2 bits)" in text
     # Calls that differ much are shown, and nothing is said of them.
     slow = bench(attention(8, 32768, 4, 0.9), attention(8, 32768, 3, 0.1) | {"high_us": 1e4, "low_us": 1.0})
     text = parts_of({"kernels": slow}, tmp_path)

@@ -31,6 +31,8 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# A way that takes this many times the fastest one's time does not become the fastest in a graph.
+_MOST_BEHIND = 1.2
 # A matrix of all scores beyond this is not made: nobody would.
 _MOST_SCORE_BYTES = 4 << 30
 WAYS = ("sdpa", "varlen", "flex", "flash_attn")
@@ -89,13 +91,44 @@ class FullPrecision:
             kinds: which of `WAYS` to try.
             step: entered with each way's name while it is measured.
         """
+        return self._time(kinds, lambda make: clock.measure(make(), self.copies), step)
+
+    def measure_graph(
+        self,
+        clock: Clock,
+        kinds: Sequence[str],
+        found: dict[str, Timing | str],
+        step: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> dict[str, Timing | str]:
+        """Time the fastest ways, and what is close to them, as part of a CUDA graph.
+
+        Args:
+            clock: measures.
+            kinds: which of `WAYS` were tried.
+            found: what :meth:`measure` gave.
+            step: entered with each way's name while it is measured.
+        """
+        best = fastest(found)
+        most_s = 0.0 if best is None else _MOST_BEHIND * best[1].median_s
+        close = {name for name, t in found.items() if isinstance(t, Timing) and t.median_s <= most_s}
+        return self._time(kinds, lambda make: clock.graph(make(), self.copies), step, close)
+
+    def _time(
+        self,
+        kinds: Sequence[str],
+        measure: Callable[[Callable[[], Way]], Timing],
+        step: Callable[[str], AbstractContextManager[None]],
+        only: set[str] | None = None,
+    ) -> dict[str, Timing | str]:
         found: dict[str, Timing | str] = {}
         for name, make in self.ways(kinds):
+            if only is not None and name not in only:
+                continue
             try:
                 with step(name), warnings.catch_warnings():
                     # A backend that refuses warns of every condition that it misses.
                     warnings.simplefilter("ignore")
-                    found[name] = clock.measure(make(), self.copies)
+                    found[name] = measure(make)
             except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
                 found[name] = (" ".join(str(error).split()) or type(error).__name__)[:200]
         return found

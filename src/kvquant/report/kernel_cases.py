@@ -9,6 +9,7 @@ from typing import Any
 Row = Mapping[str, Any]
 WIDTHS = (4, 3, 2)
 SPEEDUP = "speedup_over_full_precision"
+GRAPH_SPEEDUP = "speedup_in_graphs"  # both captured in CUDA graphs
 
 
 @dataclasses.dataclass(frozen=True)

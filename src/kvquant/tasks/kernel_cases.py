@@ -50,6 +50,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "most_copies": 64,
     },
 }
+# Times of the full-precision ways, call by call, and of the fastest ones in a CUDA graph where that is measured.
+Rivals = tuple[dict[str, Timing | str], dict[str, Timing | str] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,14 +187,16 @@ class Bench:
                 functools.partial(self._attend, history, new, rivals[new]),
             )
 
-    def _attend(self, history: StoredHistory, new: int, rivals: dict[str, Timing | str]) -> list[Row]:
-        reads = self.cfg.cache.prefill_reads
-        graph = self.task.graph and self.clock.is_cuda and new == 1
+    def _attend(self, history: StoredHistory, new: int, rivals: Rivals) -> list[Row]:
+        reads, (found, in_graph) = self.cfg.cache.prefill_reads, rivals
         return [
             measure_attention(
-                history, self.clock, new, reads, rivals, with_graph=graph, slow_clock=self.slow_clock
+                history, self.clock, new, reads, found, in_graph=in_graph, slow_clock=self.slow_clock
             )
         ]
+
+    def _is_in_graph(self, new: int) -> bool:
+        return self.task.graph and self.clock.is_cuda and new == 1
 
     def _new(self, case: Case) -> list[int]:
         """New tokens of each sequence in the attention calls to measure."""
@@ -202,16 +206,16 @@ class Bench:
     def _chunk(self, case: Case) -> int:
         return max(16, self.setting("step_tokens") // len(case.lengths))
 
-    def _rivals_that_fit(self, case: Case, new: int) -> dict[str, Timing | str]:
+    def _rivals_that_fit(self, case: Case, new: int) -> Rivals:
         """What the full-precision ways take; nothing where only the quantized history fits the memory."""
         try:
             return self._rivals(case.shape, case.lengths, new, case.label)
         except (DoesNotFit, torch.OutOfMemoryError) as error:
             self._note(self.skipped, case, "full precision", error)
-            return {}
+            return {}, {} if self._is_in_graph(new) else None
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  (the bench lives as long as its run)
-    def _rivals(self, name: str, lengths: tuple[int, ...], new: int, label: str) -> dict[str, Timing | str]:
+    def _rivals(self, name: str, lengths: tuple[int, ...], new: int, label: str) -> Rivals:
         shape = SHAPES[name]
         seen = [n + (new if new > 1 else 0) for n in lengths]
         once = FullPrecision.nbytes(shape, seen, 1, self.dtype)
@@ -219,16 +223,24 @@ class Bench:
         # Ways that want another layout make a copy.
         self._require(2 * copies * once)
         with self.steps.step(f"full precision of {name} {label}, {new} new"):
-            found = FullPrecision(shape, seen, new, copies, self.dtype, self.device).measure(
-                self.clock, list(self.task.baselines), self.steps.step
+            ways, kinds = (
+                FullPrecision(shape, seen, new, copies, self.dtype, self.device),
+                list(self.task.baselines),
             )
+            found, in_graph = ways.measure(self.clock, kinds, self.steps.step), None
+            if self._is_in_graph(new):
+                in_graph = ways.measure_graph(self.clock, kinds, found, self.steps.step)
+            del ways
         entry = {"operation": "decode" if new == 1 else "prefill", "shape": name, "label": label, "new": new}
         for way, timing in found.items():
-            said = {"refused": timing} if isinstance(timing, str) else {"us": 1e6 * timing.median_s}
-            self.rivals.append({**entry, "way": way, **said})
+            row: Row = {**entry, "way": way}
+            row |= {"refused": timing} if isinstance(timing, str) else {"us": 1e6 * timing.median_s}
+            graph = (in_graph or {}).get(way)
+            row |= {"graph_us": 1e6 * graph.median_s} if isinstance(graph, Timing) else {}
+            self.rivals.append(row)
         if self.clock.is_cuda:
             torch.cuda.empty_cache()
-        return found
+        return found, in_graph
 
     def _history(self, name: str, lengths: tuple[int, ...], bits: int, *, room: int) -> StoredHistory:
         shape, cache = SHAPES[name], self.cfg.cache
