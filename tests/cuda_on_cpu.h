@@ -184,10 +184,15 @@ INLINE void load4(u32* x, u32 at) {
   for (int i = 0; i < 4; i++) x[i] = load(at + 4 * i);
 }
 INLINE u32 look(u32 at) { return load(at); }
+template <u32 START> INLINE u32 look_at(u32 bytes) { return look(START + bytes); }
 INLINE void look2(u32* x, u32 at) { load2(x, at); }
 INLINE void look4(u32* x, u32 at) { load4(x, at); }
 INLINE void store(u32 at, u32 x) { host::at<u32>(at) = x; }
 INLINE void store_half(u32 at, u16 x) { host::at<u16>(at) = x; }
+INLINE void store2(u32 at, u32 a, u32 b) {
+  if (at % 8) host::fail("store2");
+  store(at, a); store(at + 4, b);
+}
 INLINE void store4(u32 at, u32 a, u32 b, u32 c, u32 d) {
   if (at % 16) host::fail("store4");
   store(at, a); store(at + 4, b); store(at + 8, c); store(at + 12, d);
@@ -245,6 +250,7 @@ INLINE float largest_word(int line, float x) {
   return as_float(got);
 }
 #define __shfl_xor_sync(lanes, x, mask) shuffle_xor(__LINE__, x, mask)
+#define of_lane_across(x, mask) as_word(shuffle_xor(__LINE__, as_float(x), mask))
 #define __any_sync(lanes, x) any_lane(__LINE__, x)
 #define largest_of_warp(x) largest_word(__LINE__, x)
 INLINE int atomicAdd(int* p, int x) { const int old = *p; *p += x; return old; }

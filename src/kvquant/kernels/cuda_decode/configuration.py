@@ -25,7 +25,7 @@ _GAP = 32
 # One in eight blocks of a head has more than 128 outliers of values (1%, of the bench's made-up values);
 # copies begin up to fifteen before them (fetch.cuh).
 _FEWEST_VALUE_PLACES, _MOST_VALUE_PLACES = 128, 176
-_OUT_ROW, _QUERY_ROW = 143, 320
+_OUT_ROW, _QUERY_ROW = 129, 320
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +70,27 @@ class Configuration:
     def warp_bytes(self) -> int:
         """Shared memory of a warp alone (W_BYTES)."""
         GN = self.padded_groups
-        values = BLOCK_SIZE * 16 * self.value_bits + (0 if self.value_bits == 4 else 4 * _GAP)
+        values = BLOCK_SIZE * 16 * self.value_bits + (4 * _GAP if self._has_gaps(self.value_bits) else 0)
         bases_and_ranges = (256 if self.is_bfloat16 else 512) + 256
         entries = 2 * 2 * self.key_places + 2 * 2 * self.value_places
         last = GN - 1
-        scores = last % 2 * 68 + last // 2 * 144 + (last // 2 * 8 + last // 2 % 2 * 12 if GN > 4 else 0) + 68
+        if self.key_bits == 3:
+            scores = last * 72 + last // 4 * 8 + 72
+        else:
+            scores = (
+                last % 2 * 68 + last // 2 * 144 + (last // 2 * 8 + last // 2 % 2 * 12 if GN > 4 else 0) + 68
+            )
         scores_and_sums = (scores + GN * _OUT_ROW) * 4
         queries = _up(values + bases_and_ranges + entries + scores_and_sums, 32) + _QUERY_ROW * GN
-        keys = BLOCK_SIZE * 16 * self.key_bits + 7 * _GAP if self.key_bits < 4 else 0
+        gaps = 7 * _GAP if self._has_gaps(self.key_bits) else 0
+        keys = BLOCK_SIZE * 16 * self.key_bits + gaps if self.key_bits < 4 else 0
         firsts, state = 64, 64
-        return _up(queries + 4 * 256 + firsts + state + keys, 128 if self.value_bits == 4 else 32)
+        line = 32 if self._has_gaps(self.value_bits) else 128
+        return _up(_up(queries + 4 * 256 + firsts + state, line) + keys, line)
+
+    def _has_gaps(self, bits: int) -> bool:
+        """Whether rows of codes have gaps in shared memory, so that they lie in different banks (GAPS)."""
+        return bits < 4 and self.key_bits != 3
 
     @property
     def shared_bytes(self) -> int:

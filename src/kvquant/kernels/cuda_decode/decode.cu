@@ -1,7 +1,7 @@
 // Decode attention straight from packed blocks for Hopper: one query per sequence, its blocks shared among warps.
 //
 // The sums of triton_kernels/decode.py, laid out for what bounds them: instructions (numbers: triton_kernels/attention.py
-// and launch.py), and here what caches those. On an H200, eight sequences of 32K tokens at 3 bits, a call of the form just
+// and launch.py), and here what caches those. On an H200, eight sequences of 32K tokens at 3 bits, a call of a form
 // before this one takes as long without its look-ups or angles (2% more or less), 23% less without outliers, 16% and 31%
 // less without the sums of values or scores. A warp takes a run of blocks (shares.py) of one (sequence, KV head) by itself:
 // nothing waits for another warp, and what is done once per block is done by one warp. All warps of a multiprocessor share
@@ -28,19 +28,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
   w.s = shared_of((u32)__cvta_generic_to_shared(memory), warp);
   const u32 mine = w.s.mine;
   const int head = EACH == 1 ? r & (GN - 1) : 2 * r;  // and the next one of two
+  const u32 scores = mine + W_SCORES + (SCORE_ROW(head) + (PAIRS_APART ? token_of(q, 0) : 8 * q)) * 4;
   for (int i = lane * 4; i < W_BYTES; i += 128) store(mine + i, 0);
+  fill_table(a.key_centroids, a.value_centroids);
   __syncwarp();
   wait_for_kernel_before();
-  const bool slow = BF16 && KB < 4 && a.slow[32] != 0;  // fp16 would lose by it
+  const bool slow = BF16 && a.slow[32] != 0;  // fp16 would lose by it
 
-  // Tables are filled while the first share's keys are found: it, its blocks, what they are.
-  constexpr int PART_OF_TABLE = TABLE_BYTES / 16 / 3 + 1;
+  // The first share: which it is, its blocks, what they are.
   int place = 0;  // of sixteen, where a block's description is
   KeyCodes codes;
 #pragma unroll 1
   for (int step = 0; step < 3; step++) {
     if (step == 0 && lane == 0) w.ask_share(a, warp * gridDim.x + blockIdx.x);
-    if (step == 1) ask_angles(w.s, a.angles, a.slow);
+    if (step == 1) ask_angles(a.angles, a.slow);
     if (step > 0 && w.number(NEXT_HEAD) >= 0) {
       if (step == 1) {
         w.ask_numbers(a, place, 0, true);
@@ -51,7 +52,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
         ask_keys(a, w, codes, w.next_begin(), w.number(NEXT_HEAD), block);
       }
     }
-    fill_table(a.key_centroids, a.value_centroids, step * PART_OF_TABLE, min((step + 1) * PART_OF_TABLE, TABLE_BYTES / 16));
     copies_arrive();
   }
   if (w.number(NEXT_HEAD) >= 0) {
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
     ask_values(a, w, w.number(NEXT_HEAD), w.block_at(place));
     copies_end();
   }
-  fill_lists(w.s, a.value_centroids);
+  fill_lists(a.value_centroids);
   __syncthreads();
 
   while (w.number(NEXT_HEAD) >= 0) {
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
         copies_end();
       }
       float all[4][4] = {};
-      const Table<KB> k_table(w.s, lane, 0);
+      const Table<KB> k_table(lane, 0);
       codes.load_words(w);
       if (slow)
         add_all_scores<true>(all, w, k_table, codes);
@@ -117,10 +117,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       for (int t = 0; t < 8; t++)
 #pragma unroll
         for (int x = 0; x < EACH; x++) s[t][x] = all[t >> 1][2 * (t & 1) + x];
-      if (EACH == 1 && slow) {  // see Turned::be_slow; tokens follow one another
-        const float middle = q * (8.f * 2.f / BS) - 1.f;
+      if (EACH == 1 && slow) {  // see Turned::be_slow
+        const float first = token_of(q, 0) * (2.f / BS) - 1.f;
 #pragma unroll
-        for (int t = 0; t < 8; t++) s[t][0] += all[t >> 1][2 * (t & 1) + 1] * (middle + t * (2.f / BS));
+        for (int t = 0; t < 8; t++) s[t][0] += all[t >> 1][2 * (t & 1) + 1] * (first + token_of(0, t) * (2.f / BS));
       }
       if (K_BASE > 0) {
         const float back = reciprocal(score_unit * SCORE_FRACTION);
@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
 #pragma unroll
           for (int t = 0; t < 8; t += 4) {
             u32 word[4];
-            load4(word, mine + W_SCORES + (SCORE_ROW(head) + x * 68 + 8 * q + t) * 4);
+            load_scores(word, scores, x, t);
 #pragma unroll
             for (int i = 0; i < 4; i++) s[t + i][x] += (float)(int)word[i] * back;
           }
@@ -171,9 +171,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       load_ranges(zero, mine + W_RANGES + 128, q);
 #pragma unroll
       for (int i = 0; i < 8; i++) largest = fmaxf(largest, scale[i]);
-      float differences[4];
-      Values values(a, w, place, column);
-      const float difference = V_ENTRIES > 0 ? values.read(a, differences) : 0.f;
+      float differences[NEAR], difference = 0.f;
+      bool further = false;
+      if (V_ENTRIES > 0) {
+        const Block block = w.block_at(place);
+        const float least = as_float(load(LEAST_AT));
+#pragma unroll
+        for (int i = 0; i < NEAR; i++)
+          differences[i] = i < 3 || has_fourth(block) ? near_difference(w.s, lane, i, block, least) : 0.f;
+        if (first_slot > 0) {
+          stay_a_branch();
+#pragma unroll
+          for (int i = 0; i < NEAR; i++)
+            if (near_is_hidden(w.s, lane, i, first_slot)) differences[i] = 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < NEAR; i++) difference = fmaxf(difference, fabsf(differences[i]));
+        further = FurtherValues::there(block);
+        if (further) difference = fmaxf(difference, FurtherValues(a, w, block, column).largest(a));
+      }
       bool outgrown = largest > seen.size;
 #pragma unroll
       for (int x = 0; x < EACH; x++) outgrown |= (most[x] - seen.best[x]) * unit > SLACK;
@@ -207,8 +223,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
         if (V_ENTRIES > 0)
 #pragma unroll
           for (int t = 0; t < 8; t += 4)
-            store4(mine + W_WEIGHTS + (SCORE_ROW(head) + x * 68 + 8 * q + t) * 4, as_word(s[t][x]), as_word(s[t + 1][x]),
-                   as_word(s[t + 2][x]), as_word(s[t + 3][x]));
+            store_weights(scores, x, t, as_word(s[t][x]), as_word(s[t + 1][x]), as_word(s[t + 2][x]), as_word(s[t + 3][x]));
       }
       u32 weights[4 * EACH];  // of columns q: a head's, or of a head the even tokens' and then the odd ones'
 #pragma unroll
@@ -218,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       }
 
       // -- values: row q (+ 8) of tile i is a channel, two tokens a word ----------------------------------------------
-      const Table<VB> v_table(w.s, lane, 1);
+      const Table<VB> v_table(lane, 1);
 #pragma unroll 1
       for (int tiles = 0; tiles < 2; tiles++) {
 #pragma unroll
@@ -232,8 +247,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode(const __grid_
       }
       if (V_ENTRIES > 0) {
         __syncwarp();
-        if (KB < 4) values = Values(a, w, place, column);  // or it would take registers that there are not
-        values.add(a, differences, w.real(HEAP_FACTOR));
+        const float factor = w.real(HEAP_FACTOR);
+        add_near<3>(w.s, lane, 0, differences, factor);
+        if (has_fourth(w.block_at(place))) add_near<1>(w.s, lane, 3, differences, factor);
+        if (further) FurtherValues(a, w, w.block_at(place), column).add(a, factor);
       }
       __syncwarp();
 #pragma unroll

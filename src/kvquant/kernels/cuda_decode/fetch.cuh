@@ -18,31 +18,41 @@ struct KeyCodes {
     for (int i = 0; i < 8; i++) row[i] = stream(codes + token_of(0, i) * K_ROW);
 #else
     const int lane = anew(w.lane);
+    const u32 to = w.s.mine + W_KEY_CODES + lane * 16;
+    codes += lane * 16;
 #pragma unroll
-    for (int i = 0; i < 2 * KB; i++) {
-      const int piece = lane + 32 * i;
-      copy16(w.s.mine + W_KEY_CODES + piece * 16 + group_of<K_ROW / 2>(lane, i) * GAP, codes + piece * 16);
-    }
+    for (int i = 0; i < 2 * KB; i++)
+      copy16(to + i * 512 + (GAPS(KB) ? group_of<K_ROW / 2>(lane, i) * GAP : 0), codes + i * 512);
 #endif
   }
   INLINE void load_words(const Work& w) {
-#if KB < 4
-    const u32 at = w.s.mine + W_KEY_CODES + w.q * K_GROUP;
+#if KB == 4
+    const bool upper = w.r & 2;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      load2(&row[i].x, at + i * K_ROW + w.r * 8);
+      const u32 x = of_lane_across(upper ? row[i].x : row[i].z, 2), y = of_lane_across(upper ? row[i].y : row[i].w, 2);
+      if (upper)
+        row[i].x = x, row[i].y = y;
+      else
+        row[i].z = x, row[i].w = y;
+    }
+#else
+    const u32 at = w.s.mine + W_KEY_CODES + key_row(w.q, 0);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      load2(&row[i].x, at + key_row(0, i) + w.r * 8);
       if (KB == 3) {
-        load2(&third[i].x, at + i * K_ROW + 32 + (w.r & 1) * 8);
+        load2(&third[i].x, at + key_row(0, i) + 32 + (w.r & 1) * 8);
         third[i].x = third_bits(third[i].x, w.r >> 1);
         third[i].y = third_bits(third[i].y, w.r >> 1);
       }
     }
 #endif
   }
-  // Of token i: at 2 bits a word of both units, else nibbles of unit n + j.
+  // Of token i: at 2 bits a word of both units, else nibbles of unit n + j, j 1 the slower one.
   INLINE u32 selector(int i, int j) const {
 #if KB == 4
-    return j ? row[i].y : row[i].x;
+    return j ? row[i].z : row[i].x;
 #elif KB == 3
     return three_bits(row[i].x >> 2 * j, j ? third[i].x : third[i].x << 2);
 #else
@@ -53,8 +63,8 @@ struct KeyCodes {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
 #if KB == 4
-      row[i].x = row[i].z;
-      row[i].y = row[i].w;
+      row[i].x = row[i].y;
+      row[i].z = row[i].w;
 #else
       row[i].x = row[i].y;
       if (KB == 3) third[i].x = third[i].y;
@@ -65,7 +75,7 @@ struct KeyCodes {
 
 // Outliers of a block's keys, of its own row and of its chain's first chunk: numbers, then what they are.
 INLINE void ask_key_entries(const Arguments& a, const Work& w, u64 id_and_head, const Block& block) {
-  const int lane = w.lane;
+  const int lane = KB == 2 ? anew(w.lane) : w.lane;  // or an address waits in local memory; at 3 bits it would by that
   // Eight at a time.
   constexpr int ROW = K_PLACES / 8, OWN = K_BASE / 8;
 #pragma unroll
@@ -96,9 +106,9 @@ INLINE void ask_values(const Arguments& a, const Work& w, int h, const Block& bl
 #pragma unroll
   for (int i = 0; i < V_BYTES / 512; i++)
 #if VB == 4
-    copy16(mine + W_CODES + i * 512 + (lane * 16 ^ i / 2 * 32), codes + i * 512);
+    copy16(mine + W_CODES + i * 512 + (lane * 16 ^ sector_of(i * 8 + (lane >> 2)) * 32), codes + i * 512);
 #else
-    copy16(mine + W_CODES + lane * 16 + i * 512 + group_of<V_ROW>(lane, i) * GAP, codes + i * 512);
+    copy16(mine + W_CODES + lane * 16 + i * 512 + (GAPS(VB) ? group_of<V_ROW>(lane, i) * GAP : 0), codes + i * 512);
 #endif
   if (a.VG == 1) {
     const u16* ranges = lane < 8 ? a.value_scale : a.value_zero;

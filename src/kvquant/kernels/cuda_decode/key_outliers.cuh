@@ -17,13 +17,13 @@ INLINE void add_keys(const Shared& s, const u32* number, const float* value, con
   float least[N], cb[N], sb[N];
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    channel[i] = look(s.lists + (number[i] << 2 & 0xFC));
-    token[i] = look(s.lists + 256 + (number[i] >> 5 & 0xFC));
+    channel[i] = look_at<LISTS_AT>(number[i] << 2 & 0xFC);
+    token[i] = look_at<LISTS_AT + 256>(number[i] >> 5 & 0xFC);
   }
 #pragma unroll
   for (int i = 0; i < N; i++) {
     const u32 at = s.mine + (channel[i] >> 16);
-    angle[i] = look(s.angles + (EVERY_SECOND ? token[i] & 0xFFFF : token[i]) + (channel[i] & 0xFFFF));
+    angle[i] = look_at<ANGLES_AT>(token[i] + channel[i] & 0xFFFF);
 #if BF16
     const u32 base = load(at + W_BASES);
     cb[i] = low_of(base);

@@ -48,7 +48,7 @@ struct Turned {
   // The scores of a tile's tokens: ``x`` are rows q and q + 8 of one pair, then of the next.
   INLINE void add(float* s, const Work& w, const u32* x, int n, int half, int m) const {
     u32 t[4];
-    look4(t, w.s.angles + (((n * 4 + m) * 2 + half) * 32 + w.lane) * 16);
+    look4(t, ANGLES_AT + (((n * 4 + m) * 2 + half) * 32 + w.lane) * 16);
     multiply_add(s, t[0], t[1], t[2], t[3], shift[0], shift[1]);
     multiply_add(s, half_mul(x[0], low_twice(t[0])), half_mul(x[1], low_twice(t[1])), half_mul(x[2], low_twice(t[2])),
                  half_mul(x[3], low_twice(t[3])), cosine[0], cosine[1]);
@@ -60,7 +60,7 @@ struct Turned {
   // it afterwards (for_place). Eight heads fill the columns, and codes are multiplied. Shifts of all units are added up.
   INLINE void be_slow(const Work& w, int n, int half, u32* shifts) {
     u32 slope[2];  // (1, slope)
-    load2(slope, w.s.lists + 512 + ((n >> 1) * 4 + w.r) * 16 + half * 8);
+    load2(slope, LISTS_AT + 512 + ((n >> 1) * 4 + w.r) * 16 + half * 8);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       if (EACH == 1)
@@ -78,9 +78,10 @@ struct Turned {
   }
 };
 
-// Places of tokens 8 q + 2 m and 8 q + 2 m + 1 in the block, from -1 to 1, by those of tile 0.
+// Places of a tile's tokens in the block, from -1 to 1, by those of tile 0: sixteenths further, eighths or fourths.
 INLINE u32 places_of(u32 first, int m) {
-  return m ? half_add(first, 0x2C002C00u + (m / 2) * 0x04000400u + (m / 3) * 0x02000200u) : first;
+  const u32 one = PAIRS_APART ? 0x34003400u : EVERY_SECOND ? 0x30003000u : 0x2C002C00u;
+  return m ? half_add(first, one + (m / 2) * 0x04000400u + (m / 3) * 0x02000200u) : first;
 }
 
 // Where the query of a lane's column is; for every second column nothing is, but of slow pairs (be_slow).
@@ -149,7 +150,7 @@ INLINE void add_scores(float (*s)[4], const Work& w, const Table<KB>& table, con
 template <bool SLOW>
 INLINE void add_all_scores(float (*s)[4], const Work& w, const Table<KB>& table, KeyCodes& codes) {
   // Anew, or what is made of it stays in registers.
-  const u32 places = SLOW && EACH == 2 ? load(w.s.lists + 640 + w.q * 4) : 0;
+  const u32 places = SLOW && EACH == 2 ? load(LISTS_AT + 640 + w.q * 4) : 0;
   u32 shifts[2] = {0, 0};
 #pragma unroll 1
   for (int n = 0; n < 4; n += 2) {

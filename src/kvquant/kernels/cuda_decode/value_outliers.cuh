@@ -8,49 +8,78 @@ INLINE float value_difference(u32 mine, float value, u32 token, float first) {
   return value - (zero + scale * first);
 }
 
-INLINE void add_value(const Shared& s, u32 token, u32 channel, float scaled, bool live) {
-  const u32 mine = s.mine, at = mine + W_WEIGHTS + (EVERY_SECOND ? look(s.lists + 256 + token * 4) >> 16 : token * 4);
-  u32 weight[GN];
+// N of a lane's entries, number token * D + channel: what is ``scaled`` by its weights; 0 is none.
+template <int N> INLINE void add_values_of(const Shared& s, const u32* number, const float* scaled) {
+  u32 weight[N][GN];
 #pragma unroll
-  for (int g = 0; g < GN; g++) weight[g] = load(at + SCORE_ROW(g) * 4);
-  if (live)
+  for (int i = 0; i < N; i++) {  // none waits for another
+    const u32 token = number[i] >> 5 & 0xFC;
+    const u32 at = s.mine + W_WEIGHTS + (EVERY_SECOND ? look_at<LISTS_AT + 256>(token) >> 16 : token);
 #pragma unroll
-    for (int g = 0; g < GN; g++)
-      add(mine + W_OUT + (g * OUT_ROW + OUT_PLACE(channel)) * 4, to_int(as_float(weight[g]) * scaled));
+    for (int g = 0; g < GN; g++) weight[i][g] = load(at + SCORE_ROW(g) * 4);
+  }
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    if (scaled[i] != 0.f)
+#pragma unroll
+      for (int g = 0; g < GN; g++)
+        add(s.mine + W_OUT + g * OUT_ROW * 4 + (number[i] << 2 & 0x1FC), to_int(as_float(weight[i][g]) * scaled[i]));
 }
 
-// Entries of a block's values. A closed block lists each head's together, of which the first V_PLACES or up to fifteen fewer
-// lie in shared memory (see first_copied) and of these the first 128 in registers; an open one all heads', token by token,
-// V_ENTRIES each, numbered by channel of the layer. What tokens before ``hidden`` left there may be any number: they count
-// for nothing, or they would be what the others are scaled by.
-struct Values {
+// A closed block lists each head's entries together. Up to V_PLACES of these lie in shared memory, or fifteen fewer (see
+// first_copied), and lane e % 32 has the e-th of them. Three of a lane are often all there are, and seldom are there more than
+// four: differences of these are kept.
+#define NEAR 4
+INLINE bool has_fourth(const Block& block) { return block.last > first_copied(block.first) + 96; }
+
+// The difference of a lane's i-th; 0 if there is none.
+INLINE float near_difference(const Shared& s, int lane, int i, const Block& block, float least) {
+  const u32 at = s.mine + W_VALUES + (lane + 32 * i) * 2, token = load_half(at) >> 7 & 63;
+  const float x = value_difference(s.mine, kept(load_half(at + 2 * V_PLACES)), token, least);
+  const int e = first_copied(block.first) + lane + 32 * i;
+  return e < block.last && (i > 0 || e >= block.first) ? x : 0.f;
+}
+// What tokens before ``hidden`` left there may be any number: they count for nothing, or they would be what the others are
+// scaled by.
+INLINE bool near_is_hidden(const Shared& s, int lane, int i, int hidden) {
+  return (int)(load_half(s.mine + W_VALUES + (lane + 32 * i) * 2) >> 7 & 63) < hidden;
+}
+// N of a lane's from the i-th on.
+template <int N> INLINE void add_near(const Shared& s, int lane, int i, const float* differences, float factor) {
+  u32 number[N];
+  float scaled[N];
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    number[j] = load_half(s.mine + W_VALUES + (lane + 32 * (i + j)) * 2);
+    scaled[j] = differences[i + j] * factor;
+  }
+  add_values_of<N>(s, number, scaled);
+}
+
+// Further entries of a block's values: of a closed block those behind the first 128 places. An open one lists all heads',
+// token by token, V_ENTRIES each, numbered by channel of the layer, and none lies in shared memory.
+struct FurtherValues {
   Shared s;
-  u32 mine, id;
-  int from, first, to, near_to, rest, lane, h, hidden;  // near_to: of those in registers
-  float least;                                           // the first centroid
+  u32 id;
+  int from, to, start, lane, h, hidden;
   bool closed;
 
-  INLINE Values(const Arguments& a, const Work& w, int place, int column)
-      : s(w.s), mine(w.s.mine), lane(w.lane), h(w.h), hidden(w.first_slot(a, column)),
-        least(as_float(load(w.s.lists + LEAST_AT))) {
-    const Block block = w.block_at(place);
-    id = block.id;
-    first = block.first;
+  // Whether there may be any.
+  static INLINE bool there(const Block& block) {
+    return block.last == 0 || block.last > first_copied(block.first) + 32 * NEAR;
+  }
+  INLINE FurtherValues(const Arguments& a, const Work& w, const Block& block, int column)
+      : s(w.s), id(block.id), lane(w.lane), h(w.h), hidden(w.first_slot(a, column)) {
     closed = block.last > 0 || a.value_end[(u64)id * a.H + a.H - 1] > 0;
-    from = closed ? first_copied(first) : 0;
-    near_to = closed ? block.last : 0;
+    from = closed ? first_copied(block.first) : 0;
     to = closed ? block.last : min(w.end_slot(column), BS) * V_ENTRIES;
-    rest = closed ? from + 128 : 0;
+    start = closed ? from + 32 * NEAR : 0;
   }
-  INLINE bool near(int i) const {
-    const int e = from + lane + 32 * i;
-    return e < near_to && (i > 0 || e >= first);
-  }
-  INLINE float further(const Arguments& a, int e, u32& token, u32& channel) const {
+  INLINE float difference(const Arguments& a, int e, u32& token, u32& channel) const {
     u32 number;
     float value;
     if (closed && e - from < V_PLACES) {
-      const u32 at = mine + W_VALUES + (e - from) * 2;
+      const u32 at = s.mine + W_VALUES + (e - from) * 2;
       number = load_half(at);
       value = kept(load_half(at + 2 * V_PLACES));
     } else {
@@ -61,38 +90,25 @@ struct Values {
     token = closed ? number >> 7 & 63 : e / (V_ENTRIES > 0 ? V_ENTRIES : 1);
     channel = closed ? number & 127 : number - h * D;
     const bool counts = channel < D && (int)token >= hidden;
-    return counts ? value_difference(mine, value, token, least) : 0.f;
+    return counts ? value_difference(s.mine, value, token, as_float(load(LEAST_AT))) : 0.f;
   }
   // The largest difference that this lane has.
-  INLINE float read(const Arguments& a, float* difference) const {
-    float largest = 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const u32 at = mine + W_VALUES + (lane + 32 * i) * 2;
-      const u32 token = load_half(at) >> 7 & 63;
-      difference[i] = value_difference(mine, kept(load_half(at + 2 * V_PLACES)), token, least);
-      if ((int)token < hidden) difference[i] = 0.f;
-      if (near(i)) largest = fmaxf(largest, fabsf(difference[i]));
-    }
+  INLINE float largest(const Arguments& a) const {
+    float most = 0.f;
 #pragma unroll 1
-    for (int e = rest + lane; e < to; e += 32) {
+    for (int e = start + lane; e < to; e += 32) {
       u32 token, channel;
-      largest = fmaxf(largest, fabsf(further(a, e, token, channel)));
+      most = fmaxf(most, fabsf(difference(a, e, token, channel)));
     }
-    return largest;
+    return most;
   }
-  INLINE void add(const Arguments& a, const float* difference, float factor) const {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i == 3 && from + 96 >= near_to) break;
-      const u32 number = load_half(mine + W_VALUES + (lane + 32 * i) * 2);
-      add_value(s, number >> 7 & 63, number & 127, difference[i] * factor, near(i));
-    }
+  INLINE void add(const Arguments& a, float factor) const {
 #pragma unroll 1
-    for (int e = rest + lane; e < to; e += 32) {
+    for (int e = start + lane; e < to; e += 32) {
       u32 token, channel;
-      const float delta = further(a, e, token, channel);
-      if (delta != 0.f) add_value(s, token, channel, delta * factor, true);
+      const float scaled = difference(a, e, token, channel) * factor;
+      const u32 number = token * D + (channel < D ? channel : 0);
+      add_values_of<1>(s, &number, &scaled);
     }
   }
 };
@@ -113,7 +129,7 @@ INLINE void empty_heap(float (*sums)[4], u32 mine, float factor, int lane) {  //
       for (int upper = 0; upper < 2; upper++)
 #pragma unroll
         for (int x = 0; x < EACH; x++) {
-          const u32 at = mine + W_OUT + ((EACH * r + x) * OUT_ROW + OUT_PLACE(out_channel(i, q, upper))) * 4;
+          const u32 at = mine + W_OUT + ((EACH * r + x) * OUT_ROW + out_channel(i, q, upper)) * 4;
           sums[i][2 * upper + x] += (float)(int)load(at) * back;
           store(at, 0);
         }

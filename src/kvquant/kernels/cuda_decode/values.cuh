@@ -8,7 +8,11 @@ INLINE void load_ranges(float* x, u32 from, int q) {
   u32 word[WORDS];
   from += 2 * token_of(EVERY_SECOND ? q & 6 : q, 0);
 #pragma unroll
-  for (int i = 0; i < WORDS; i += 4) load4(word + i, from + i * 4);
+  for (int i = 0; i < WORDS; i++)
+    if (PAIRS_APART)
+      word[i] = load(from + 2 * token_of(0, 2 * i));
+    else if (i % 4 == 0)
+      load4(word + i, from + i * 4);
 #pragma unroll
   for (int i = 0; i < 8; i++) x[i] = EVERY_SECOND ? kept_of(word[i], q & 1) : kept_of(word[i >> 1], i & 1);
 }
@@ -20,9 +24,9 @@ INLINE void add_values(float (*sums)[4], const Work& w, const Table<VB>& table, 
   u32 u[2], v[2];
 #pragma unroll
   for (int p = 0; p < 2; p++) {
-    const u32 at = w.s.mine + W_CODES + r * V_GROUP + token_of(0, 2 * m + p) * V_ROW + q * 4;
-    u[p] = load(at);
-    v[p] = load(at + token_of(1, 0) * V_ROW);
+    const u32 at = w.s.mine + W_CODES + m * value_row(0, 2) + value_row(0, p) + q * 4;
+    u[p] = load(at + value_row(2 * r, 0));
+    v[p] = load(at + value_row(2 * r + 1, 0));
   }
 #pragma unroll
   for (int k = 0; k < 4; k++) {
@@ -48,13 +52,15 @@ INLINE void add_values(float (*sums)[4], const Work& w, const Table<VB>& table, 
   for (int p = 0; p < 2; p++) {
 #if VB == 4
     u32 u[2], v[2];
-    const u32 at = w.s.mine + W_CODES + r * V_GROUP + q * 8;
+    const u32 at = w.s.mine + W_CODES + q * 8;
 #if EVERY_SECOND
-    load2(u, (at ^ r * 32) + (2 * m + p) * 128);
-    load2(v, (at + 64 ^ r * 32) + (2 * m + p) * 128);
+    load2(u, (at + r * V_GROUP ^ r * 32) + (2 * m + p) * 128);
+    load2(v, (at + r * V_GROUP + 64 ^ r * 32) + (2 * m + p) * 128);
 #else
-    load2(u, (at + p * 64 ^ r * 32) + m * 128);
-    load2(v, (at + p * 64 ^ r * 32) + m * 128 + 512);
+    const int first = token_of(2 * r, 0), second = token_of(2 * r + 1, 0);
+    const u32 later = m * value_row(0, 2);
+    load2(u, (at + first * 64 + p * 64 ^ sector_of(first) * 32) + later);
+    load2(v, (at + second * 64 + p * 64 ^ sector_of(second) * 32) + later);
 #endif
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -62,9 +68,10 @@ INLINE void add_values(float (*sums)[4], const Work& w, const Table<VB>& table, 
       y[p][i] = upper_nibbles(u[i], v[i]);
     }
 #else
-    const u32 at = w.s.mine + W_CODES + r * V_GROUP + token_of(0, 2 * m + p) * V_ROW, third = at + 32 + (q & 3) * 4;
-    const u32 u = load(at + q * 4), v = load(at + token_of(1, 0) * V_ROW + q * 4);
-    const u32 a = third_bits(load(third), q >> 2), b = third_bits(load(third + token_of(1, 0) * V_ROW), q >> 2);
+    const u32 at = w.s.mine + W_CODES + m * value_row(0, 2) + value_row(0, p), third = at + 32 + (q & 3) * 4;
+    const u32 first = value_row(2 * r, 0), second = value_row(2 * r + 1, 0);
+    const u32 u = load(at + q * 4 + first), v = load(at + q * 4 + second);
+    const u32 a = third_bits(load(third + first), q >> 2), b = third_bits(load(third + second), q >> 2);
     const u32 lower = lower_nibbles(u, v), upper = upper_nibbles(u, v);
     const u32 lower_third = lower_nibbles(a, b), upper_third = upper_nibbles(a, b);
     x[p][0] = three_bits(lower, lower_third << 2);
@@ -151,7 +158,7 @@ INLINE void store_part(const Arguments& a, const Work& w, Seen& seen, int part, 
       if (V_ENTRIES > 0) {
         const u32 at = w.s.mine + W_OUT + g * OUT_ROW * 4;
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i] += (float)(int)load(at + OUT_PLACE(out_channel(i, w.q, upper)) * 4) * heap;
+        for (int i = 0; i < 8; i++) x[i] += (float)(int)load(at + out_channel(i, w.q, upper) * 4) * heap;
       }
 #pragma unroll
       for (int i = 0; i < 8; i++) x[i] = (x[i] + seen.zeros[y]) * size;

@@ -80,12 +80,19 @@ INLINE void load4(u32* x, u32 at) {
 }
 // Of what never changes once the tables are there: the compiler may move these as it likes.
 INLINE u32 look(u32 at) { u32 r; asm("ld.shared.b32 %0,[%1];" : "=r"(r) : "r"(at)); return r; }
+// From a number of bytes behind a fixed address, which is part of the instruction.
+template <u32 START> INLINE u32 look_at(u32 bytes) {
+  u32 r; asm("ld.shared.b32 %0,[%1+%2];" : "=r"(r) : "r"(bytes), "n"(START)); return r;
+}
 INLINE void look2(u32* x, u32 at) { asm("ld.shared.v2.b32 {%0,%1},[%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(at)); }
 INLINE void look4(u32* x, u32 at) {
   asm("ld.shared.v4.b32 {%0,%1,%2,%3},[%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at));
 }
 INLINE void store(u32 at, u32 x) { asm volatile("st.shared.b32 [%0],%1;" ::"r"(at), "r"(x) : "memory"); }
 INLINE void store_half(u32 at, u16 x) { asm volatile("st.shared.b16 [%0],%1;" ::"r"(at), "h"(x) : "memory"); }
+INLINE void store2(u32 at, u32 a, u32 b) {
+  asm volatile("st.shared.v2.b32 [%0],{%1,%2};" ::"r"(at), "r"(a), "r"(b) : "memory");
+}
 INLINE void store4(u32 at, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("st.shared.v4.b32 [%0],{%1,%2,%3,%4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
@@ -132,6 +139,8 @@ INLINE void multiply_add(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// Of the lane whose number differs in the bits of the mask.
+INLINE u32 of_lane_across(u32 x, int mask) { return __shfl_xor_sync(ALL_LANES, x, mask); }
 // Eight rows and columns of fp16 numbers over the warp: rows in fours of lanes become columns.
 INLINE u32 transposed(u32 a) {
   u32 r; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%1;" : "=r"(r) : "r"(a)); return r;

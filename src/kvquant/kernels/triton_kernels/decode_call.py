@@ -89,7 +89,7 @@ def prepare_call(
         G=Hq // H, GP=GP, D=D, DP=triton.next_power_of_2(D), ROWS=rows, W=plane_bytes,
         CPL=words_per_lane, NP=halves, PLACES=triton.next_power_of_2(units * 16), KB=bits, VB=value_bits, BS=block_size,
         SEQUENCES=padded(B), FEWEST=fewest_blocks, HAS_WINDOW=window is not None, PAIRS=pairs, TIERS=tiers,
-        COUNT=len(tiers), EARLY=early, num_warps=4,
+        COUNT=len(tiers), EARLY=early, num_warps=4, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return (*prepared, shares), parts
 

@@ -31,14 +31,15 @@ def _merge_kernel(
     Parts are [programs, H, GP (, D)], those of a sequence in a row (shares.py); with SINKS one more for each sequence
     stands behind them; STEP are looked at at once. EARLY: it is launched before the kernel that finds the parts ends.
     """
-    if EARLY:
-        gdc_wait()
     head = tl.program_id(0)
     b = head // (H * G)
     h = head // G % H
     g = head % G
+    # These are there: they are older than the kernel that may still be at work, and which waited for them.
     first = tl.load(parts + b * 2)
     count = tl.load(parts + b * 2 + 1)
+    if EARLY:
+        gdc_wait()
     every = count + SINKS
     d = tl.arange(0, DP)
     part = tl.arange(0, STEP)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvquant.kernels.triton_kernels.lookup import load_tables
 from kvquant.kernels.triton_kernels.shares import store_shares, store_tiers
@@ -58,18 +58,20 @@ _SLOPE_AT = tl.constexpr(28)  # tokens from the middle where the line meets the 
 @triton.jit
 def _store_pair_angles(
     angles, slow, offset_cos, offset_sin, row, n, r, k, channel, inside,
-    ROWS: tl.constexpr, HALF: tl.constexpr, UNITS: tl.constexpr, EVERY_SECOND: tl.constexpr,
+    ROWS: tl.constexpr, HALF: tl.constexpr, UNITS: tl.constexpr, KB: tl.constexpr,
 ):  # fmt: skip
     """What the CUDA kernel keeps in shared memory of ``row``, which is so far from the middle of ROWS tokens.
 
     ``angles``: (cos, sin) pairs of all rows, four words of a lane after another (both tokens of a tile's row, of one
-    pair of channels and of the next); lanes q have eight tokens that follow one another, or EVERY_SECOND of sixteen
-    (layout.cuh). ``slow``, int32: (1, slope) of the pairs of units 1 and 3, and whether all are slow.
+    pair of channels and of the next); which eight tokens lanes q have is as of token_of (layout.cuh). ``slow``, int32: (1, slope) of the pairs of units 1 and 3, and whether all are slow.
     """
     steps = row - ROWS // 2
     cos, sin = _unit_angle(offset_cos, offset_sin, tl.abs(steps), channel, inside, HALF)
-    if EVERY_SECOND:
+    if KB == 4:
         q, i = row // 16 * 2 + row % 2, row // 2 % 8
+    elif KB == 3:
+        fourth = row // 2 % 4 ^ row // 32 * 2
+        q, i = row // 32 * 4 + fourth % 2 * 2 + fourth // 2, row // 8 % 4 * 2 + row % 2
     else:
         q, i = row // 8, row % 8
     at = n * 1024 + (i // 2) * 256 + (k // 2) * 128 + q * 16 + r * 4 + (k % 2) * 2 + i % 2
@@ -112,8 +114,9 @@ def _prepare_kernel(
     of the first: queries are turned back by it, keys on by their place among these. With PAIRS it is the angle of the
     middle one, and has the model's attention scaling, which the angles of places have else.
     """
-    if EARLY:  # the next kernel may start, and waits itself for what it needs of this one
+    if EARLY:  # the next kernel may start, and waits itself for what it needs of this one, as this one does
         gdc_launch_dependents()
+        gdc_wait()
     HALF: tl.constexpr = D // 2
     UNITS: tl.constexpr = CPL * NP
     sequences = heads // H
@@ -124,6 +127,8 @@ def _prepare_kernel(
     k = place % 4
     word = r * CPL + n // NP
     channel = (n % NP) * W + word * 4 + k
+    if PAIRS and KB == 4:  # lanes exchange words: layout.cuh
+        channel = (n % 2) * 32 + (r % 2) * 16 + (r // 2) * 8 + (n // 2) * 4 + k
     inside = (n < UNITS) & (word * 4 + k < W)
     if program < 0:
         b = program + sequences
@@ -207,7 +212,7 @@ def _prepare_kernel(
                 ROWS,
                 HALF,
                 UNITS,
-                KB == 4,
+                KB,
             )
         else:
             cos = tl.load(offset_cos + row * HALF + channel, mask=inside, other=0.0)
