@@ -58,11 +58,19 @@ def cases_of(rows: Iterable[Row], operation: str) -> list[Case]:
     for row in rows:
         if row["operation"] == operation:
             case = (row["shape"], bool(row["is_trace"]), row["batch"], row["tokens"])
-            found.setdefault(case, {})[row["bits"]] = row
+            found.setdefault(case, {})[row["bits"]] = {**row, **_in_graphs(row)}
     return [
         Case(shape, batch, tokens, is_trace, found[shape, is_trace, batch, tokens])
         for shape, is_trace, batch, tokens in sorted(found)
     ]
+
+
+def _in_graphs(row: Row) -> dict[str, float]:
+    """How many times as fast a call in a graph is as full precision, of whose calls alone and in graphs the faster counts:
+    runs before 2026-12-02 kept the ratio to those in graphs, some of which are slower."""
+    if "graph_us" not in row or "full_precision_graph_us" not in row:
+        return {}
+    return {GRAPH_SPEEDUP: min(row["full_precision_us"], row["full_precision_graph_us"]) / row["graph_us"]}
 
 
 def is_uneven(row: Row) -> bool:
