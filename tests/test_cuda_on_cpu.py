@@ -35,8 +35,14 @@ CASES = {
     "slow pairs, 3 bits": Case(
         (70, 130), head_dim=128, groups=4, theta=500_000.0, scaling=1.3, dtype=torch.bfloat16
     ),
+    "slow pairs, 4 bits, three heads": Case(
+        (70, 130), bits=4, value_bits=3, head_dim=128, groups=3, theta=1e6, dtype=torch.bfloat16
+    ),
+    "slow pairs, one head": Case((130,), head_dim=128, heads=4, theta=1e6, dtype=torch.bfloat16),
     "slow pairs, 2 bits": Case((1, 130), bits=2, head_dim=128, groups=8, theta=1e6, dtype=torch.bfloat16),
     "4 bits, bf16": Case((64, 150), bits=4, head_dim=128, groups=4, theta=1e6, dtype=torch.bfloat16),
+    # Values' ranges differ by 2^7 from token to token, and outliers grow by 2^4 from block to block.
+    "one program, many sizes": Case((500,), bits=3, head_dim=128, groups=4, dtype=torch.bfloat16),
     # An outlier of these keys adds thousands to a score's logarithm.
     "outliers, wide scores": Case((100,), bits=4, head_dim=128, heads=4, groups=4, fraction=0.05),
     # Twelve warps take a second share, of one block to three.
@@ -70,6 +76,23 @@ MUTATIONS = {
             "            copies_arrive();\n            if (share_ends &&",
             "            if (share_ends &&",
         ),
+    },
+    "one program, many sizes": {
+        "outliers are not relative to the largest range": (
+            " * reciprocal(limit) * seen.size",
+            " * reciprocal(limit)",
+        ),
+        "their sums are not emptied before they grow": (
+            "difference > w.real(HEAP_MOST) || (column & 15) == 0",
+            "w.real(HEAP_MOST) == 0.f",
+        ),
+    },
+    "slow pairs, 4 bits, three heads": {
+        "columns of faster pairs that must be empty are not": (
+            "    nothing = rows + 256 + 8;",
+            "    nothing = own;",
+        ),
+        "lanes do not exchange codes": ("of_lane_across(upper ? row[i].x : row[i].z, 2)", "row[i].z"),
     },
     "outliers, wide scores": {"large outliers are cut short": ("134217728.f", "67108864.f")},
 }
@@ -107,6 +130,8 @@ def call_of(name: str) -> Any:
     call.multiprocessors = 1 if name.startswith("many") else 2
     if name.endswith("left"):
         leave_anything(call)
+    if name.endswith("many sizes"):
+        scale_values(call)
     if name.endswith("wide scores"):
         call.query.mul_(16 if name.startswith("outliers") else 8)
     return call
@@ -123,6 +148,24 @@ def leave_anything(call: Any) -> None:
             end = int(values.outlier_end[block, -1])
             numbers = values.outlier_index[block].flatten()[:end].to(torch.int64) & 0xFFFF
             values.outlier_value[block].view(-1)[:end][numbers // 128 < sinks] = float("inf")
+
+
+def scale_values(call: Any) -> None:
+    """Multiply each token's stored values by a power of two, and a block's outliers by sixteen times the last one's."""
+    values, generator = call.layer.values, torch.Generator().manual_seed(1)
+    for row, length in zip(call.step.block_table, call.step.kv_lengths, strict=True):
+        for column in range(-(-length // 64)):
+            block, kept = int(row[column]), min(64, length - column * 64)
+            power = torch.randint(-6, 2, (64,), generator=generator)
+            for range_of in (values.scale, values.zero):
+                range_of[block, :kept] *= torch.exp2(power)[:kept, None]
+            entries, factor = values.outlier_value[block], torch.exp2(power + 4 * column)
+            if kept < 64:  # open: in the order of tokens
+                entries[:kept] *= factor[:kept, None]
+            else:
+                end = int(values.outlier_end[block, -1])
+                numbers = values.outlier_index[block].flatten()[:end].to(torch.int64) & 0xFFFF
+                entries.view(-1)[:end] *= factor[numbers // 128]
 
 
 def error_of(call: Any, ours: torch.Tensor) -> float:
