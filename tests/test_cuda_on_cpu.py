@@ -38,11 +38,19 @@ CASES = {
     "slow pairs, 4 bits, three heads": Case(
         (70, 130), bits=4, value_bits=3, head_dim=128, groups=3, theta=1e6, dtype=torch.bfloat16
     ),
+    "slow pairs, 4 bits, eight heads": Case(
+        (100,), bits=4, head_dim=128, heads=1, groups=8, theta=1e6, dtype=torch.bfloat16
+    ),
+    "slow pairs, 3 bits, eight heads": Case(
+        (130,), head_dim=128, heads=1, groups=8, theta=1e6, dtype=torch.bfloat16
+    ),
     "slow pairs, one head": Case((130,), head_dim=128, heads=4, theta=1e6, dtype=torch.bfloat16),
     "slow pairs, 2 bits": Case((1, 130), bits=2, head_dim=128, groups=8, theta=1e6, dtype=torch.bfloat16),
     "4 bits, bf16": Case((64, 150), bits=4, head_dim=128, groups=4, theta=1e6, dtype=torch.bfloat16),
     # Values' ranges differ by 2^7 from token to token, and outliers grow by 2^4 from block to block.
     "one program, many sizes": Case((500,), bits=3, head_dim=128, groups=4, dtype=torch.bfloat16),
+    # Heads without value outliers in front of one with 103 of a block and one with 153.
+    "crowded heads": Case((150,), bits=4, head_dim=128, heads=4, groups=4, fraction=0.005, quiet_heads=2),
     # An outlier of these keys adds thousands to a score's logarithm.
     "outliers, wide scores": Case((100,), bits=4, head_dim=128, heads=4, groups=4, fraction=0.05),
     # Twelve warps take a second share, of one block to three.
@@ -85,6 +93,13 @@ MUTATIONS = {
         "their sums are not emptied before they grow": (
             "difference > w.real(HEAP_MOST) || (column & 15) == 0",
             "w.real(HEAP_MOST) == 0.f",
+        ),
+    },
+    "crowded heads": {
+        "a head's last ones are lost": (" + 32 * NEAR;\n  }", " + 32 * NEAR + 48;\n  }"),
+        "a block whose first heads have none is taken for an open one": (
+            "block.last > 0 || a.value_end[(u64)id * a.H + a.H - 1] > 0",
+            "block.last > 0",
         ),
     },
     "slow pairs, 4 bits, three heads": {
@@ -132,6 +147,8 @@ def call_of(name: str) -> Any:
         leave_anything(call)
     if name.endswith("many sizes"):
         scale_values(call)
+    if name.startswith("crowded"):  # all tokens count alike
+        call.query.div_(16)
     if name.endswith("wide scores"):
         call.query.mul_(16 if name.startswith("outliers") else 8)
     return call
@@ -209,7 +226,9 @@ def check_slow_pairs() -> None:
     for name in (name for name in CASES if name.startswith("slow")):
         call = call_of(name)
         one, other = (attend(call, 0, False, source).double() for source in (None, exact))
-        assert 0 < float((one - other).norm() / other.norm()) < 4e-3, name
+        assert 0 < float((one - other).norm() / other.norm()) < 1.2e-3, (
+            name
+        )  # twice as much with wrong places
 
 
 def check_mutations() -> None:

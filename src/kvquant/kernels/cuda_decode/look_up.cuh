@@ -36,7 +36,8 @@ INLINE u32 upper_nibbles(u32 u, u32 v) { return (u >> 4 & 0x0F0F0F0Fu) | (v & 0x
 INLINE u32 third_bits(u32 word, int which) { return word >> which & 0x55555555u; }
 INLINE u32 three_bits(u32 low, u32 third) { return bits_of(low, third, 0x33333333u); }
 
-// What all warps share, by all of them: what bytes of codes mean.
+// What all warps share, by all of them: what bytes of codes mean. Centroids are a layer's constants, which no kernel in front
+// of this one writes, so that they need not be waited for.
 INLINE void fill_table(const float* key_centroids, const float* value_centroids) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < TABLE_BYTES / 16; i += 32 * WARPS) {  // four columns of a row

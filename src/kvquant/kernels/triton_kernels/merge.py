@@ -35,11 +35,10 @@ def _merge_kernel(
     b = head // (H * G)
     h = head // G % H
     g = head % G
-    # These are there: they are older than the kernel that may still be at work, and which waited for them.
-    first = tl.load(parts + b * 2)
-    count = tl.load(parts + b * 2 + 1)
     if EARLY:
         gdc_wait()
+    first = tl.load(parts + b * 2)
+    count = tl.load(parts + b * 2 + 1)
     every = count + SINKS
     d = tl.arange(0, DP)
     part = tl.arange(0, STEP)

@@ -63,7 +63,8 @@ def _store_pair_angles(
     """What the CUDA kernel keeps in shared memory of ``row``, which is so far from the middle of ROWS tokens.
 
     ``angles``: (cos, sin) pairs of all rows, four words of a lane after another (both tokens of a tile's row, of one
-    pair of channels and of the next); which eight tokens lanes q have is as of token_of (layout.cuh). ``slow``, int32: (1, slope) of the pairs of units 1 and 3, and whether all are slow.
+    pair of channels and of the next); which eight tokens lanes q have says token_of (layout.cuh). ``slow``, int32:
+    (1, slope) of the pairs of units 1 and 3, and whether all are slow.
     """
     steps = row - ROWS // 2
     cos, sin = _unit_angle(offset_cos, offset_sin, tl.abs(steps), channel, inside, HALF)
