@@ -22,7 +22,7 @@ _TABLE, _NARROW_TABLE = 1 << 16, 0x7800
 _ANGLES = BLOCK_SIZE * 64 * 4
 _LISTS = 768
 _GAP = 32
-# One in eight blocks of a head has more than 128 outliers of values (1%, of the bench's made-up values);
+# One in six blocks of a head has more than 128 outliers of values (1%, of the bench's made-up values);
 # copies begin up to fifteen before them (fetch.cuh).
 _FEWEST_VALUE_PLACES, _MOST_VALUE_PLACES = 128, 176
 _OUT_ROW, _QUERY_ROW = 129, 320
