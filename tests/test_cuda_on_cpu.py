@@ -226,9 +226,8 @@ def check_slow_pairs() -> None:
     for name in (name for name in CASES if name.startswith("slow")):
         call = call_of(name)
         one, other = (attend(call, 0, False, source).double() for source in (None, exact))
-        assert 0 < float((one - other).norm() / other.norm()) < 1.2e-3, (
-            name
-        )  # twice as much with wrong places
+        # With tokens' places wrong it is twice as much.
+        assert 0 < float((one - other).norm() / other.norm()) < 1.2e-3, name
 
 
 def check_mutations() -> None:

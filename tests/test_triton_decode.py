@@ -44,9 +44,7 @@ class Case:
     dtype: torch.dtype = torch.float16
     spilled: bool = False
     theta: float = 10_000.0  # base of the rotary frequencies
-    quiet_heads: int = (
-        0  # first KV heads whose numbers are so small that no outlier of a token's values is theirs
-    )
+    quiet_heads: int = 0  # first KV heads that are so small that no outlier of a token's values is theirs
 
 
 # Enough query heads in each that the ratio of two errors is not one of two accidents.

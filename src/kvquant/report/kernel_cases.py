@@ -66,8 +66,8 @@ def cases_of(rows: Iterable[Row], operation: str) -> list[Case]:
 
 
 def _in_graphs(row: Row) -> dict[str, float]:
-    """How many times as fast a call in a graph is as full precision, of whose calls alone and in graphs the faster counts:
-    runs before 2026-12-02 kept the ratio to those in graphs, some of which are slower."""
+    """How many times as fast a call in a graph is as full precision, of whose calls alone and in a graph the faster counts:
+    a long call may take longer in a graph of many."""
     if "graph_us" not in row or "full_precision_graph_us" not in row:
         return {}
     return {GRAPH_SPEEDUP: min(row["full_precision_us"], row["full_precision_graph_us"]) / row["graph_us"]}

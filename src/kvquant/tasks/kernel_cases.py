@@ -223,10 +223,8 @@ class Bench:
         # Ways that want another layout make a copy.
         self._require(2 * copies * once)
         with self.steps.step(f"full precision of {name} {label}, {new} new"):
-            ways, kinds = (
-                FullPrecision(shape, seen, new, copies, self.dtype, self.device),
-                list(self.task.baselines),
-            )
+            kinds = list(self.task.baselines)
+            ways = FullPrecision(shape, seen, new, copies, self.dtype, self.device)
             found, in_graph = ways.measure(self.clock, kinds, self.steps.step), None
             if self._is_in_graph(new):
                 in_graph = ways.measure_graph(self.clock, kinds, found, self.steps.step)

@@ -31,7 +31,6 @@ QUANTITIES = (
     "speedup_over_dequantize_then_attend",
     "graph_us",
     "full_precision_graph_us",
-    "speedup_in_graphs",
     "eager_us",
     "difference",
     "us_per_1k_tokens",
